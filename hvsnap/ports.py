@@ -1,0 +1,247 @@
+"""What the rooms ask of each other, as protocols: adapters implement them, use cases take them.
+
+No protocol here knows libvirt, SQLite, a file system or MQTT; those live in the adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hvsnap.model import Bitmap, BlockPlace, DiskView, Event, GuestUuid, GuestView, Progress
+
+UInt64Array = npt.NDArray[np.uint64]
+
+
+class Clock(Protocol):
+    """Tells the time; tests bring their own."""
+
+    def now(self) -> float:
+        """Return seconds since the epoch, UTC."""
+        ...
+
+
+# -- objects --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """Name and size of one object."""
+
+    name: str
+    size_bytes: int
+
+
+class ObjectWriter(Protocol):
+    """An object being written. It exists for nobody before :meth:`commit` returned."""
+
+    async def write(self, data: bytes | memoryview) -> None:
+        """Append bytes."""
+        ...
+
+    async def commit(self) -> None:
+        """Make the object durable and visible, all or nothing; an existing object of that name stays and is an error."""
+        ...
+
+    async def abort(self) -> None:
+        """Forget what was written. Safe to call at any time, also after a failed commit."""
+        ...
+
+
+class ObjectStore(Protocol):
+    """Immutable objects under strict names: ``[a-z0-9][a-z0-9._-]*`` parts joined by ``/``.
+
+    Raises :class:`~hvsnap.errors.NoSpace`, :class:`~hvsnap.errors.StoreFailed`, and
+    :class:`~hvsnap.errors.NotFound` for an object that is not there.
+    """
+
+    async def get(self, name: str) -> bytes:
+        """Return a whole object (small ones: configuration, headers)."""
+        ...
+
+    async def get_range(self, name: str, start: int, length: int) -> bytes:
+        """Return exactly ``length`` bytes from ``start``; fewer in the object is :class:`StoreFailed`."""
+        ...
+
+    async def put(self, name: str, data: bytes) -> None:
+        """Write a small object, durable on return."""
+        ...
+
+    async def writer(self, name: str) -> ObjectWriter:
+        """Start a large object."""
+        ...
+
+    def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
+        """Yield the objects whose name starts with ``prefix`` (whole parts), in order of their names."""
+        ...
+
+    async def size(self, name: str) -> int:
+        """Return an object's size in bytes."""
+        ...
+
+    async def delete(self, name: str) -> None:
+        """Remove an object; one that is not there is no error."""
+        ...
+
+
+# -- blocks ---------------------------------------------------------------------------------------
+
+
+class BlockIndex(Protocol):
+    """Which blocks are stored, and where: the catalog's side of the block store.
+
+    It holds durable blocks only: a block enters with :meth:`add_pack`, after its pack is durable.
+    """
+
+    async def find(self, digests: Sequence[bytes]) -> dict[bytes, int]:
+        """Return the ids of those digests that are stored."""
+        ...
+
+    async def places(self, ids: Sequence[int]) -> list[BlockPlace]:
+        """Return where blocks lie, in the order asked for. An unknown id is :class:`Damaged`."""
+        ...
+
+    async def add_pack(self, pack: str, size_bytes: int, blocks: Sequence[BlockPlace]) -> None:
+        """Record a durable pack and its blocks in one transaction."""
+        ...
+
+    async def next_block_id(self) -> int:
+        """Return an id greater than any that was ever recorded (read once, at start)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Answer of :meth:`BlockStore.put`.
+
+    ``ids`` has one block id for each block of the input, 0 for zeroes. ``new_bytes`` is what had to
+    be stored for it (compressed), ``new_blocks`` how many blocks that were.
+    """
+
+    ids: UInt64Array
+    new_bytes: int
+    new_blocks: int
+
+
+class BlockStore(Protocol):
+    """Content-addressed blocks: deduplicated, compressed, verified on the way out."""
+
+    @property
+    def block_size(self) -> int:
+        """Bytes of a block."""
+        ...
+
+    async def put(self, data: memoryview) -> Stored:
+        """Store consecutive blocks (a multiple of the block size). Durable only after :meth:`flush`.
+
+        The buffer may be reused as soon as this returns.
+        """
+        ...
+
+    async def flush(self) -> None:
+        """Return when every block put before is durable and in the index; raise if one could not be."""
+        ...
+
+    def get(self, ids: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
+        """Yield ``(position in ids, block)`` in any order, each one's digest checked; ids are not 0.
+
+        Raises :class:`Damaged`, naming the block and its pack.
+        """
+        ...
+
+
+# -- the hypervisor -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """A block job on a disk. ``ready`` means an active commit has converged and can pivot."""
+
+    type: str
+    done_bytes: int
+    total_bytes: int
+    ready: bool
+
+
+class Hypervisor(Protocol):
+    """Guests and what hvsnap asks of them. Every call looks at the present; nothing is cached.
+
+    Raises :class:`HypervisorFailed`, :class:`HypervisorUnreachable`, :class:`GuestUnknown`. A mutation that
+    raises may have happened all the same: look again before deciding.
+    """
+
+    async def guests(self) -> list[GuestView]:
+        """Return all guests, running or not."""
+        ...
+
+    async def guest(self, uuid: GuestUuid) -> GuestView:
+        """Return one guest."""
+        ...
+
+    async def bitmaps(self, uuid: GuestUuid, target: str) -> list[Bitmap]:
+        """Return the bitmaps of the running guest's active image."""
+        ...
+
+    async def bitmap_add(self, uuid: GuestUuid, targets: Sequence[str], name: str, granularity: int) -> None:
+        """Add a persistent recording bitmap to the active images of all targets, or of none."""
+        ...
+
+    async def bitmap_remove(self, uuid: GuestUuid, target: str, name: str) -> None:
+        """Remove a bitmap from the active image; one that is not there is no error."""
+        ...
+
+    async def switch_to_overlays(self, uuid: GuestUuid, overlays: dict[str, str]) -> None:
+        """Redirect the writes of all targets to their overlay files at one instant, or of none."""
+        ...
+
+    async def commit_start(self, uuid: GuestUuid, target: str, base: str) -> None:
+        """Start the active commit of the overlay into exactly ``base``."""
+        ...
+
+    async def commit_pivot(self, uuid: GuestUuid, target: str) -> None:
+        """Finish a ready commit: the guest writes to the base again."""
+        ...
+
+    async def job(self, uuid: GuestUuid, target: str) -> JobView | None:
+        """Return the block job on a disk, if there is one."""
+        ...
+
+    async def freeze(self, uuid: GuestUuid, timeout_s: float) -> int:
+        """Freeze file systems through the agent, return how many; raises :class:`AgentUnavailable`."""
+        ...
+
+    async def thaw(self, uuid: GuestUuid, timeout_s: float) -> None:
+        """Thaw file systems; thawed ones are no error."""
+        ...
+
+    async def redefine_source(self, uuid: GuestUuid, target: str, layer_path: str, layer_format: str) -> None:
+        """Point the persistent definition of a shut-off guest's disk at an image (after an offline commit)."""
+        ...
+
+    async def start(self, uuid: GuestUuid) -> None:
+        """Start a guest that is shut off."""
+        ...
+
+    async def shutdown(self, uuid: GuestUuid, timeout_s: float) -> None:
+        """Shut a guest down gracefully; raises if it is still there at the deadline."""
+        ...
+
+
+class Publisher(Protocol):
+    """Takes what happened to whoever listens (the API's streams; MQTT reads the stored events itself)."""
+
+    def event(self, event: Event) -> None:
+        """Announce an event that has been committed."""
+        ...
+
+    def progress(self, progress: Progress) -> None:
+        """Announce progress; it is never stored."""
+        ...
+
+
+ProgressCallback = Callable[[Progress], None]
+DiskSource = tuple[GuestView, DiskView]
