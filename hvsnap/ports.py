@@ -44,7 +44,7 @@ class ObjectWriter(Protocol):
         ...
 
     async def commit(self) -> None:
-        """Make the object durable and visible, all or nothing; an existing object of that name stays and is an error."""
+        """Make it durable and visible, all or nothing; an existing object of that name stays, and is an error."""
         ...
 
     async def abort(self) -> None:
