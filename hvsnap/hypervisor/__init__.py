@@ -1,0 +1,1 @@
+"""Adapters to what runs guests: libvirt, QEMU's own tools."""

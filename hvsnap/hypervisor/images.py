@@ -1,0 +1,154 @@
+"""Disk images outside a running guest: what qemu-img tells and does.
+
+The format is always named, for an image and for its backing file: a guest can write a qcow2 header into
+its raw disk, and a tool that probed it would open any file of the host that the header names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hvsnap.errors import HypervisorFailed, TargetExists
+from hvsnap.hypervisor.tools import run
+from hvsnap.model import Bitmap
+
+OVERLAY_OPTIONS = "extended_l2=on,cluster_size=128k"
+"""Sub-clusters of 4 KiB: a guest's small write into the overlay copies nothing from the image below.
+With plain 64 KiB clusters the guest lost 20 % of its random writes while a snapshot was open
+(docs/performance.md)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """What qemu-img says of one image. ``bitmaps`` are those stored in the image (qcow2 only)."""
+
+    path: str
+    format: str
+    size_bytes: int
+    bitmaps: tuple[Bitmap, ...]
+    backing_path: str | None
+    backing_format: str | None
+    encrypted: bool
+
+    def bitmap(self, name: str) -> Bitmap | None:
+        """Return the bitmap of that name."""
+        return next((b for b in self.bitmaps if b.name == name), None)
+
+
+def _bitmap(raw: dict[str, Any]) -> Bitmap:
+    """Translate qemu-img's flags: ``auto`` = recording, ``in-use`` = not closed cleanly."""
+    flags = raw["flags"]
+    return Bitmap(
+        name=raw["name"],
+        granularity=raw["granularity"],
+        recording="auto" in flags,
+        persistent=True,
+        inconsistent="in-use" in flags,
+    )
+
+
+async def image_info(path: str, image_format: str) -> ImageInfo:
+    """Return what an image is, without taking its lock (``-U``: a running guest may hold it).
+
+    While a guest has the image open for writing, all its bitmaps read as inconsistent.
+    """
+    out = await run("qemu-img", "info", "-U", "--output=json", "-f", image_format, path)
+    raw = json.loads(out)
+    specific = raw.get("format-specific", {}).get("data", {})
+    return ImageInfo(
+        path=path,
+        format=raw["format"],
+        size_bytes=raw["virtual-size"],
+        bitmaps=tuple(_bitmap(b) for b in specific.get("bitmaps", [])),
+        backing_path=raw.get("full-backing-filename") or raw.get("backing-filename"),
+        backing_format=raw.get("backing-filename-format"),
+        encrypted=bool(raw.get("encrypted")),
+    )
+
+
+def _create_empty(path: str, like: str | None) -> None:
+    """Create an empty file exclusively, with the owner and mode of ``like`` (so that QEMU may open it)."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    except FileExistsError as error:
+        raise TargetExists(f"{path} exists") from error
+    except OSError as error:
+        raise HypervisorFailed(f"cannot create {path}: {error.strerror}") from error
+    try:
+        if like is not None:
+            seen = os.stat(like)
+            os.fchown(fd, seen.st_uid, seen.st_gid)
+            os.fchmod(fd, seen.st_mode & 0o777)
+    finally:
+        os.close(fd)
+
+
+async def remove(path: str) -> None:
+    """Remove an image of ours; one that is gone already is no error."""
+    await asyncio.to_thread(Path(path).unlink, missing_ok=True)
+
+
+async def create_overlay(path: str, base_path: str, base_format: str) -> None:
+    """Create an empty overlay over ``base_path``, owned like it; raises :class:`TargetExists`.
+
+    Nothing is left behind when it fails.
+    """
+    await asyncio.to_thread(_create_empty, path, base_path)
+    try:
+        options = ("-o", OVERLAY_OPTIONS, "-b", base_path, "-F", base_format)
+        await run("qemu-img", "create", "-q", "-f", "qcow2", *options, path)
+    except BaseException:
+        await asyncio.shield(remove(path))
+        raise
+
+
+async def create_image(path: str, image_format: str, size_bytes: int) -> None:
+    """Create a new sparse image; raises :class:`TargetExists`. Nothing is left behind when it fails."""
+    await asyncio.to_thread(_create_empty, path, None)
+    try:
+        await run("qemu-img", "create", "-q", "-f", image_format, path, str(size_bytes))
+    except BaseException:
+        await asyncio.shield(remove(path))
+        raise
+
+
+async def bitmap_add(path: str, name: str, granularity: int, *, disabled: bool = False) -> None:
+    """Add a persistent bitmap to a qcow2 image that nobody writes to; it records unless ``disabled``."""
+    state = "--disable" if disabled else "--enable"
+    await run("qemu-img", "bitmap", "-f", "qcow2", "--add", state, "-g", str(granularity), path, name)
+
+
+async def bitmap_remove(path: str, name: str) -> None:
+    """Remove a bitmap, also an inconsistent one, from a qcow2 image that nobody writes to."""
+    await run("qemu-img", "bitmap", "-f", "qcow2", "--remove", path, name)
+
+
+async def commit_overlay(overlay: str, base: str) -> None:
+    """Write an overlay's content down into exactly ``base`` while the guest is off.
+
+    May be repeated after a crash: until the overlay is removed it holds all newer data. Recording bitmaps
+    of the base see these writes. ``-d`` keeps the overlay's content, so that it stays the truth until then.
+    """
+    await run("qemu-img", "commit", "-q", "-d", "-f", "qcow2", "-b", base, overlay)
+
+
+async def sync_image(path: str) -> None:
+    """Write an image's dirty pages out from outside, without stopping the guest.
+
+    Cuts the stall of the guest at the switch from ~80 ms to ~5 ms with a dirty page cache, since QEMU
+    flushes there anyway while the guest waits.
+    """
+
+    def sync() -> None:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fdatasync(fd)
+        finally:
+            os.close(fd)
+
+    await asyncio.to_thread(sync)

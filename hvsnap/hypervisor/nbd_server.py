@@ -1,0 +1,81 @@
+"""qemu-nbd as a separate process on a private Unix socket: how images are opened, for reading or restoring."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from hvsnap.errors import HypervisorFailed
+from hvsnap.hypervisor.tools import bound_to_us, end, failure
+
+START_TIMEOUT_S = 30.0
+"""qemu-nbd is up in ~20 ms; opening a qcow2 with large bitmaps from a slow disk takes seconds."""
+
+POLL_S = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class NbdExport:
+    """Where an image can be read or written: a Unix socket, and the dirty bitmap that is exported with it."""
+
+    socket: str
+    bitmap: str | None = None
+
+    @property
+    def bitmap_context(self) -> str | None:
+        """Name of the bitmap's NBD meta context."""
+        return None if self.bitmap is None else f"qemu:dirty-bitmap:{self.bitmap}"
+
+
+async def _wait_listening(process: asyncio.subprocess.Process, argv: list[str], socket: str) -> None:
+    async with asyncio.timeout(START_TIMEOUT_S):
+        while not os.path.exists(socket):  # noqa: ASYNC240 - a stat of a path on tmpfs
+            if process.returncode is not None:
+                stderr = await process.stderr.read() if process.stderr else b""
+                raise failure(argv, process.returncode, stderr)
+            await asyncio.sleep(POLL_S)
+
+
+@contextlib.asynccontextmanager
+async def serve_image(
+    path: str,
+    image_format: str,
+    *,
+    run_dir: str,
+    read_only: bool = True,
+    bitmap: str | None = None,
+    connections: int = 8,
+    idle_priority: bool = False,
+) -> AsyncIterator[NbdExport]:
+    """Serve one image on a private socket below ``run_dir`` for as long as the context lasts.
+
+    The process takes the image's lock: a guest cannot open for writing what is restored here. It dies with
+    the daemon. ``idle_priority`` gives its I/O to everybody else first. Raises :class:`HypervisorFailed`, also
+    for a bitmap that is missing or inconsistent.
+    """
+    socket = os.path.join(run_dir, f"nbd-{secrets.token_hex(6)}.sock")
+    argv = ["qemu-nbd", "--persistent", "--shared", str(connections), "--socket", socket, "--format", image_format]
+    # Zero writes must reach qcow2 as zero clusters; without discard they would be allocated and filled.
+    argv += ["--read-only"] if read_only else ["--discard", "unmap", "--cache", "writeback"]
+    argv += [] if bitmap is None else ["--bitmap", bitmap]
+    command = bound_to_us([*(["ionice", "-c", "3"] if idle_priority else []), *argv, path])
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        try:
+            await _wait_listening(process, argv, socket)
+        except TimeoutError as error:
+            raise HypervisorFailed(f"qemu-nbd did not open {path} within {START_TIMEOUT_S:.0f} s") from error
+        yield NbdExport(socket, bitmap)
+    finally:
+        await asyncio.shield(end(process))
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(socket)
