@@ -154,6 +154,25 @@ class BlockStore(Protocol):
         ...
 
 
+# -- a disk that can be read ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class NbdExport:
+    """A disk behind a private Unix socket: what every way of capturing ends in, and restores write to.
+
+    ``bitmap`` names the dirty bitmap that is exported with it.
+    """
+
+    socket: str
+    bitmap: str | None = None
+
+    @property
+    def bitmap_context(self) -> str | None:
+        """Name of the bitmap's NBD meta context."""
+        return None if self.bitmap is None else f"qemu:dirty-bitmap:{self.bitmap}"
+
+
 # -- the hypervisor -------------------------------------------------------------------------------
 
 

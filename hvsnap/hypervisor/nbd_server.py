@@ -7,28 +7,15 @@ import contextlib
 import os
 import secrets
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 
 from hvsnap.errors import HypervisorFailed
 from hvsnap.hypervisor.tools import bound_to_us, end, failure
+from hvsnap.ports import NbdExport
 
 START_TIMEOUT_S = 30.0
 """qemu-nbd is up in ~20 ms; opening a qcow2 with large bitmaps from a slow disk takes seconds."""
 
 POLL_S = 0.01
-
-
-@dataclass(frozen=True, slots=True)
-class NbdExport:
-    """Where an image can be read or written: a Unix socket, and the dirty bitmap that is exported with it."""
-
-    socket: str
-    bitmap: str | None = None
-
-    @property
-    def bitmap_context(self) -> str | None:
-        """Name of the bitmap's NBD meta context."""
-        return None if self.bitmap is None else f"qemu:dirty-bitmap:{self.bitmap}"
 
 
 async def _wait_listening(process: asyncio.subprocess.Process, argv: list[str], socket: str) -> None:
