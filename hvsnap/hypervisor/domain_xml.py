@@ -1,0 +1,171 @@
+"""What libvirt's domain XML says of a guest and its disks; pure functions on text.
+
+https://libvirt.org/formatdomain.html#hard-drives-floppy-disks-cdroms
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from xml.etree import ElementTree
+
+from hvsnap.errors import HypervisorFailed
+from hvsnap.model import DiskView, GuestState, GuestUuid, GuestView, Layer
+
+BUSES = ("virtio", "scsi")
+FORMATS = ("qcow2", "raw")
+
+
+def parse(xml: str) -> ElementTree.Element:
+    """Parse domain XML. libvirt writes no document type; one with entities is not libvirt's, and is refused."""
+    if "<!DOCTYPE" in xml or "<!ENTITY" in xml:
+        raise HypervisorFailed("the guest's XML declares entities", hint="libvirt writes none: check who made it")
+    try:
+        return ElementTree.fromstring(xml)
+    except ElementTree.ParseError as error:
+        raise HypervisorFailed(f"the guest's XML is malformed: {error}") from error
+
+
+def _source_path(source: ElementTree.Element | None) -> str:
+    return "" if source is None else source.get("file") or source.get("dev") or ""
+
+
+def _layers(disk: ElementTree.Element) -> tuple[Layer, ...]:
+    """Return the backing chain that the XML shows, the active image first; empty for an empty drive."""
+    layers = []
+    element: ElementTree.Element | None = disk
+    while element is not None:
+        path = _source_path(element.find("source"))
+        kind = element.find("driver" if element is disk else "format")
+        if not path:
+            break
+        layers.append(Layer(path, "raw" if kind is None else kind.get("type", "raw")))
+        element = element.find("backingStore")
+    return tuple(layers)
+
+
+def _skip_reason(disk: ElementTree.Element, layers: tuple[Layer, ...]) -> str:
+    """Return why a disk cannot be captured; empty if it can."""
+    device = disk.get("device", "disk")
+    target = disk.find("target")
+    bus = "" if target is None else target.get("bus", "")
+    if device != "disk":
+        return f"it is a {device}"
+    if disk.get("type", "file") not in ("file", "block"):
+        return f"its source is of type {disk.get('type')}, not a file or block device"
+    if not layers:
+        return "the drive is empty"
+    if bus not in BUSES:
+        return f"its bus is {bus}, not virtio or scsi"
+    for flag, reason in (
+        ("readonly", "read-only"),
+        ("shareable", "shared with other guests"),
+        ("transient", "transient"),
+    ):
+        if disk.find(flag) is not None:
+            return f"it is {reason}"
+    if layers[0].format not in FORMATS:
+        return f"its format is {layers[0].format}, not qcow2 or raw"
+    return ""
+
+
+def _boot_order(disk: ElementTree.Element) -> int:
+    boot = disk.find("boot")
+    return 1 << 30 if boot is None else int(boot.get("order", "0"))
+
+
+def _disk(element: ElementTree.Element, *, system: bool) -> DiskView:
+    target = element.find("target")
+    driver = element.find("driver")
+    layers = _layers(element)
+    return DiskView(
+        target="" if target is None else target.get("dev", ""),
+        bus="" if target is None else target.get("bus", ""),
+        serial=element.findtext("serial") or "",
+        layers=layers,
+        system=system,
+        skip_reason=_skip_reason(element, layers),
+        iothread=driver is not None and driver.get("iothread") is not None,
+    )
+
+
+def guest_view(root: ElementTree.Element, state: GuestState, *, persistent: bool) -> GuestView:
+    """Return the guest that a domain's XML describes.
+
+    The system disk is the disk with the lowest boot order; where no disk has one, the first that can be captured.
+    """
+    elements = root.findall("devices/disk")
+    eligible = [e for e in elements if not _skip_reason(e, _layers(e))]
+    system = min(eligible, key=_boot_order, default=None)
+    return GuestView(
+        uuid=GuestUuid(root.findtext("uuid") or ""),
+        name=root.findtext("name") or "",
+        state=state,
+        persistent=persistent,
+        disks=tuple(_disk(e, system=e is system) for e in elements),
+    )
+
+
+def find_disk(root: ElementTree.Element, target: str) -> ElementTree.Element:
+    """Return the ``<disk>`` element of a target; raises :class:`HypervisorFailed` when it is gone."""
+    for element in root.findall("devices/disk"):
+        found = element.find("target")
+        if found is not None and found.get("dev") == target:
+            return element
+    raise HypervisorFailed(f"disk {target} is no longer attached to the guest")
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorState:
+    """The block job that libvirt shows on a disk in its XML."""
+
+    job: str
+    ready: bool
+
+
+def mirror_state(disk: ElementTree.Element) -> MirrorState | None:
+    """Return the job of a disk's ``<mirror>`` element: the one place where libvirt says that it is ready."""
+    mirror = disk.find("mirror")
+    if mirror is None:
+        return None
+    return MirrorState(mirror.get("job", ""), mirror.get("ready") == "yes")
+
+
+def alias(disk: ElementTree.Element) -> str:
+    """Return the device alias of a running guest's disk, which is also its name in QEMU."""
+    element = disk.find("alias")
+    if element is None:
+        raise HypervisorFailed("the disk has no alias: the guest is not running")
+    return element.get("name", "")
+
+
+def with_source(root: ElementTree.Element, target: str, layer: Layer) -> str:
+    """Return the domain's XML with a disk pointed at another image; the rest as it was.
+
+    The backing chain's record goes, too: libvirt reads the image's own when the guest starts.
+    """
+    disk = find_disk(root, target)
+    source = disk.find("source")
+    driver = disk.find("driver")
+    if source is None or driver is None:
+        raise HypervisorFailed(f"disk {target} has no source to change")
+    source.set("dev" if disk.get("type") == "block" else "file", layer.path)
+    driver.set("type", layer.format)
+    backing = disk.find("backingStore")
+    if backing is not None:
+        disk.remove(backing)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def snapshot_xml(all_targets: list[str], overlays: dict[str, str]) -> str:
+    """Return the XML of a disk-only snapshot into prepared overlays; every other disk is named as left out."""
+    root = ElementTree.Element("domainsnapshot")
+    disks = ElementTree.SubElement(root, "disks")
+    for target in all_targets:
+        overlay = overlays.get(target)
+        if overlay is None:
+            ElementTree.SubElement(disks, "disk", name=target, snapshot="no")
+            continue
+        disk = ElementTree.SubElement(disks, "disk", name=target, snapshot="external", type="file")
+        ElementTree.SubElement(disk, "driver", type="qcow2")
+        ElementTree.SubElement(disk, "source", file=overlay)
+    return ElementTree.tostring(root, encoding="unicode")

@@ -1,0 +1,267 @@
+"""Guests through libvirt: what :class:`hvsnap.ports.Hypervisor` asks, done by libvirt's API and QEMU's monitor.
+
+Overlays are made and merged through libvirt only: behind its back, a guest that crashes would be started from the
+image underneath and lose writes. The monitor is used for what libvirt has no call for (dirty bitmaps); libvirt marks
+such a guest as tainted (``custom-monitor``), which is harmless.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import libvirt
+import libvirt_qemu
+
+from hvsnap.errors import AgentUnavailable, GuestUnknown, HypervisorFailed
+from hvsnap.hypervisor import domain_xml, qemu_nodes
+from hvsnap.hypervisor.libvirt_connection import LibvirtConnection, Lifecycle
+from hvsnap.model import Bitmap, GuestState, GuestUuid, GuestView, Layer
+from hvsnap.ports import JobView
+
+T = TypeVar("T")
+
+SHUTDOWN_POLL_S = 0.2
+
+_SNAPSHOT_FLAGS = (
+    libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
+    | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
+    | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
+    | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
+)
+_PAUSED = {libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PMSUSPENDED}
+_OFF = {libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_CRASHED, libvirt.VIR_DOMAIN_NOSTATE}
+_JOB_TYPES = {
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_PULL: "pull",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COPY: "copy",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT: "commit",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT: "active-commit",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_BACKUP: "backup",
+}
+
+
+def _qmp(domain: Any, command: str, **arguments: object) -> Any:
+    """Run one QMP command through libvirt. Raises :class:`HypervisorFailed` with QEMU's words."""
+    request = json.dumps({"execute": command, "arguments": arguments})
+    answer = json.loads(libvirt_qemu.qemuMonitorCommand(domain, request, 0))
+    if "error" in answer:
+        raise HypervisorFailed(f"QEMU: {command}: {answer['error'].get('desc', answer['error'])}")
+    return answer["return"]
+
+
+def _state(domain: Any) -> GuestState:
+    state = domain.state()[0]
+    if state in _OFF:
+        return GuestState.OFF
+    return GuestState.PAUSED if state in _PAUSED else GuestState.RUNNING
+
+
+def _view(domain: Any) -> GuestView:
+    root = domain_xml.parse(domain.XMLDesc(0))
+    return domain_xml.guest_view(root, _state(domain), persistent=bool(domain.isPersistent()))
+
+
+def _node(domain: Any, target: str) -> tuple[str, list[dict[str, Any]]]:
+    """Return the format node of a running guest's disk, and all named nodes as they were at that moment."""
+    disk = domain_xml.find_disk(domain_xml.parse(domain.XMLDesc(0)), target)
+    entry = qemu_nodes.device_entry(_qmp(domain, "query-block"), domain_xml.alias(disk))
+    named = _qmp(domain, "query-named-block-nodes", flat=True)
+    inserted = entry["inserted"]
+    graph = _qmp(domain, "x-debug-query-block-graph") if qemu_nodes.needs_graph(inserted) else None
+    return qemu_nodes.format_node(inserted, named, graph), named
+
+
+class LibvirtHypervisor:
+    """The guests of one libvirt daemon. Implements :class:`hvsnap.ports.Hypervisor`."""
+
+    def __init__(self, uri: str, on_lifecycle: Lifecycle | None = None) -> None:
+        self.connection = LibvirtConnection(uri, on_lifecycle)
+
+    async def _on(self, uuid: GuestUuid, function: Callable[[Any], T]) -> T:
+        """Run ``function(domain)`` in a thread."""
+        return await self.connection.call(lambda connection: function(connection.lookupByUUIDString(uuid)))
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self.connection.close()
+
+    async def versions(self) -> dict[str, str]:
+        """Return the versions of libvirt and of the QEMU that it starts."""
+
+        def dotted(number: int) -> str:
+            return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
+
+        return await self.connection.call(
+            lambda connection: {"libvirt": dotted(connection.getLibVersion()), "qemu": dotted(connection.getVersion())}
+        )
+
+    # -- looking ----------------------------------------------------------------------------------
+
+    async def guests(self) -> list[GuestView]:
+        """Return all guests; one that vanishes meanwhile is left out."""
+
+        def work(connection: Any) -> list[GuestView]:
+            views = []
+            for domain in connection.listAllDomains():
+                with contextlib.suppress(libvirt.libvirtError):
+                    views.append(_view(domain))
+            return sorted(views, key=lambda view: view.name)
+
+        return await self.connection.call(work)
+
+    async def guest(self, uuid: GuestUuid) -> GuestView:
+        """Return one guest; raises :class:`GuestUnknown`."""
+        return await self._on(uuid, _view)
+
+    async def definition(self, uuid: GuestUuid) -> str:
+        """Return the guest's XML as it would be started next (kept in manifests), without secrets."""
+        return await self._on(uuid, lambda domain: str(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)))
+
+    async def bitmaps(self, uuid: GuestUuid, target: str) -> list[Bitmap]:
+        """Return the bitmaps of the running guest's active image."""
+
+        def work(domain: Any) -> list[Bitmap]:
+            node, named = _node(domain, target)
+            return qemu_nodes.bitmaps(named, node)
+
+        return await self._on(uuid, work)
+
+    async def job(self, uuid: GuestUuid, target: str) -> JobView | None:
+        """Return the block job on a disk, anybody's."""
+
+        def work(domain: Any) -> JobView | None:
+            if not domain.isActive():
+                return None
+            disk = domain_xml.find_disk(domain_xml.parse(domain.XMLDesc(0)), target)
+            info = domain.blockJobInfo(target, 0)
+            mirror = domain_xml.mirror_state(disk)
+            if not info:
+                return None if mirror is None else JobView(mirror.job, 0, 0, mirror.ready)
+            name = _JOB_TYPES.get(info["type"], "unknown")
+            return JobView(name, info["cur"], info["end"], mirror is not None and mirror.ready)
+
+        return await self._on(uuid, work)
+
+    # -- bitmaps ----------------------------------------------------------------------------------
+
+    async def bitmap_add(self, uuid: GuestUuid, targets: Sequence[str], name: str, granularity: int) -> None:
+        """Add a persistent recording bitmap to the active images of all targets, or of none."""
+
+        def work(domain: Any) -> None:
+            actions = []
+            for target in targets:
+                node, _named = _node(domain, target)
+                data = {"node": node, "name": name, "granularity": granularity, "persistent": True}
+                actions.append({"type": "block-dirty-bitmap-add", "data": data})
+            _qmp(domain, "transaction", actions=actions)
+
+        if targets:
+            await self._on(uuid, work)
+
+    async def bitmap_remove(self, uuid: GuestUuid, target: str, name: str) -> None:
+        """Remove a bitmap; QEMU may answer well and have failed to write the image, so it is asked again."""
+
+        def present(domain: Any) -> tuple[str, bool]:
+            node, named = _node(domain, target)
+            return node, any(bitmap.name == name for bitmap in qemu_nodes.bitmaps(named, node))
+
+        def work(domain: Any) -> None:
+            node, there = present(domain)
+            if not there:
+                return
+            _qmp(domain, "block-dirty-bitmap-remove", node=node, name=name)
+            if present(domain)[1]:
+                raise HypervisorFailed(f"QEMU did not remove the bitmap {name} of {target}")
+
+        await self._on(uuid, work)
+
+    # -- overlays ---------------------------------------------------------------------------------
+
+    async def switch_to_overlays(self, uuid: GuestUuid, overlays: dict[str, str]) -> None:
+        """Redirect the writes of all targets to their overlays at one instant, or of none."""
+
+        def work(domain: Any) -> None:
+            targets = [disk.target for disk in _view(domain).disks]
+            domain.snapshotCreateXML(domain_xml.snapshot_xml(targets, overlays), _SNAPSHOT_FLAGS)
+
+        await self._on(uuid, work)
+
+    async def commit_start(self, uuid: GuestUuid, target: str, base: str) -> None:
+        """Start the active commit into exactly ``base``: with none named, libvirt merges into the lowest image."""
+        flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
+        await self._on(uuid, lambda domain: domain.blockCommit(target, base, None, 0, flags))
+
+    async def commit_pivot(self, uuid: GuestUuid, target: str) -> None:
+        """Finish a ready commit: the guest writes to the base again."""
+        flags = libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT
+        await self._on(uuid, lambda domain: domain.blockJobAbort(target, flags))
+
+    async def redefine_source(self, uuid: GuestUuid, target: str, layer_path: str, layer_format: str) -> None:
+        """Point the persistent definition of a shut-off guest's disk at an image."""
+
+        def work(connection: Any) -> None:
+            flags = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
+            root = domain_xml.parse(connection.lookupByUUIDString(uuid).XMLDesc(flags))
+            connection.defineXML(domain_xml.with_source(root, target, Layer(layer_path, layer_format)))
+
+        await self.connection.call(work)
+
+    # -- the guest itself -------------------------------------------------------------------------
+
+    async def freeze(self, uuid: GuestUuid, timeout_s: float) -> int:
+        """Freeze file systems through the agent, and return how many were.
+
+        The agent's own time-out comes first: libvirt's default is to wait for ever. A freeze that timed out may have
+        happened all the same, so the caller thaws in any case.
+        """
+
+        def work(domain: Any) -> int:
+            domain.agentSetResponseTimeout(math.ceil(timeout_s), 0)
+            return int(domain.fsFreeze(None, 0))
+
+        try:
+            return await self._on(uuid, work)
+        except GuestUnknown:
+            raise
+        except HypervisorFailed as error:
+            raise AgentUnavailable(f"the guest's file systems could not be frozen: {error.message}") from error
+
+    async def thaw(self, uuid: GuestUuid, timeout_s: float) -> None:
+        """Thaw file systems; thawed ones are no error."""
+
+        def work(domain: Any) -> None:
+            domain.agentSetResponseTimeout(math.ceil(timeout_s), 0)
+            domain.fsThaw(None, 0)
+
+        await self._on(uuid, work)
+
+    async def start(self, uuid: GuestUuid) -> None:
+        """Start a guest that is shut off; one that runs is no error."""
+
+        def work(domain: Any) -> None:
+            if not domain.isActive():
+                domain.create()
+
+        await self._on(uuid, work)
+
+    async def shutdown(self, uuid: GuestUuid, timeout_s: float) -> None:
+        """Shut a guest down gracefully; raises :class:`HypervisorFailed` if it is still there at the deadline."""
+
+        def ask(domain: Any) -> None:
+            if domain.isActive():
+                domain.shutdown()
+
+        await self._on(uuid, ask)
+        deadline = time.monotonic() + timeout_s
+        while await self._on(uuid, lambda domain: bool(domain.isActive())):
+            if time.monotonic() > deadline:
+                raise HypervisorFailed(
+                    f"the guest did not shut down within {timeout_s:.0f} s",
+                    hint="shut it down from inside, or with `virsh destroy` if its state may be lost",
+                )
+            await asyncio.sleep(SHUTDOWN_POLL_S)
