@@ -33,6 +33,13 @@ class BlockSet:
         packed = self._bits[number * _PAGE_BYTES : (number + 1) * _PAGE_BYTES]
         packed |= np.packbits(members)
 
+    def add_index(self, number: int, index: npt.NDArray[np.uint16]) -> None:
+        """Add blocks of one page by their index in it; those beyond the disk's end are left out."""
+        members = np.zeros(PAGE_BLOCKS, np.bool_)
+        members[index] = True
+        members[max(0, self.blocks - number * PAGE_BLOCKS) :] = False
+        self.add_page(number, members)
+
     def count(self) -> int:
         """Return how many blocks are members."""
         return int(np.bitwise_count(self._bits).sum())
