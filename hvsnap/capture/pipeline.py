@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hvsnap.capture.plan import Group, PageWork, Selection, groups
+from hvsnap.capture.plan import Group, Selection, groups
 from hvsnap.capture.reader import ChunkStream, read_chunks
 from hvsnap.model import Progress, SnapshotId
 from hvsnap.ports import BlockStore, NbdExport, UInt64Array
@@ -122,7 +122,7 @@ class Pipeline:
         """Read and store what ``selection`` names. Raises what reading and storing raise; nothing is left running."""
         block_size = self._store.block_size
         meter = Meter(self._snapshot, selection.read_blocks() * block_size, self._report)
-        idle: list[PageWork] = []
+        idle: list[int] = []
         async with read_chunks(export, size_bytes, block_size, self._walk(selection, idle)) as stream:
             try:
                 async with asyncio.TaskGroup() as workers:
@@ -130,20 +130,21 @@ class Pipeline:
                         workers.create_task(self._work(stream, meter), name=f"store-{self._snapshot}-{number}")
             except BaseExceptionGroup as group:
                 raise group.exceptions[0] from group
-        for work in idle:
-            await self._finish(work.page, work.zero, np.zeros(work.zero.size, np.uint64))
+        for number in idle:
+            zero = selection.page_work(number).zero
+            await self._finish(number, zero, np.zeros(zero.size, np.uint64))
         await self._flush_stage()
         meter.add(0)
         return self.totals
 
-    def _walk(self, selection: Selection, idle: list[PageWork]) -> Iterator[Group]:
+    def _walk(self, selection: Selection, idle: list[int]) -> Iterator[Group]:
         """Yield what is to be read, opening each page before its first block is; runs in the readers' threads.
 
-        Pages with nothing to read, only zeroes to record, are put aside in ``idle``.
+        The numbers of pages with nothing to read, only zeroes to record, are put aside in ``idle``.
         """
         for work in selection.work():
             if work.read.size == 0:
-                idle.append(work)
+                idle.append(work.page)
                 continue
             page = _OpenPage(missing=work.read.size + work.zero.size)
             if work.zero.size:

@@ -85,25 +85,29 @@ class Selection:
     data: BlockSet
     candidates: BlockSet | None
 
-    def work(self) -> Iterator[PageWork]:
-        """Yield the pages that have something to do, ascending.
+    def page_work(self, number: int) -> PageWork:
+        """Return what is to be done with one page.
 
         A candidate that holds no data is recorded as zero, never skipped: a skipped one would restore stale data.
         """
+        data = self.data.page(number)
+        if self.candidates is None:
+            wanted = np.ones(PAGE_BLOCKS, np.bool_)
+            wanted[max(0, self.data.blocks - number * PAGE_BLOCKS) :] = False
+        else:
+            wanted = self.candidates.page(number)
+        return PageWork(
+            number,
+            np.flatnonzero(wanted & data).astype(np.uint16),
+            np.flatnonzero(wanted & ~data).astype(np.uint16),
+        )
+
+    def work(self) -> Iterator[PageWork]:
+        """Yield the pages that have something to do, ascending."""
         for number in range(self.data.pages):
-            data = self.data.page(number)
-            if self.candidates is None:
-                wanted = np.ones(PAGE_BLOCKS, np.bool_)
-                wanted[max(0, self.data.blocks - number * PAGE_BLOCKS) :] = False
-            else:
-                wanted = self.candidates.page(number)
-                if not wanted.any():
-                    continue
-            yield PageWork(
-                number,
-                np.flatnonzero(wanted & data).astype(np.uint16),
-                np.flatnonzero(wanted & ~data).astype(np.uint16),
-            )
+            work = self.page_work(number)
+            if work.read.size or work.zero.size:
+                yield work
 
     def read_blocks(self) -> int:
         """Return how many blocks will be read."""
