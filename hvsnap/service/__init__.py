@@ -1,0 +1,1 @@
+"""The rules: the only place that knows names, quotas and states (docs/service.md)."""

@@ -1,0 +1,449 @@
+"""What goes over the daemon's Unix socket: requests and answers, shared by the API and the command line.
+
+Every answer is one JSON object. Times are ISO 8601 in UTC (``2026-05-01T12:00:00Z``), sizes are bytes, rates bytes per
+second. Requests refuse unknown keys; readers of answers should ignore keys that they do not know.
+
+==================================== ================== ============== ==============================================
+endpoint                             request            answer         remarks
+==================================== ================== ============== ==============================================
+GET  /v1/status                                         Status
+GET  /v1/guests                                         GuestList      all guests of the hypervisor and their disks
+GET  /v1/snapshots                   ?guest= ?disk=     SnapshotList   newest first; ``state`` one of SnapshotState;
+                                     ?state= ?limit=                   at most ``limit`` (1000)
+GET  /v1/snapshots/{id}                                 Snapshot
+POST /v1/snapshots                   SnapshotCreate     SnapshotList   202, at once, in state ``progressing``
+POST /v1/snapshots/{id}/cancel                          Snapshot       202; it ends in state ``failed``
+POST /v1/snapshots/delete            SnapshotDelete     Deletion       all of them or none; with ``dry_run`` the plan
+GET  /v1/chains                                         ChainList
+GET  /v1/chains/{disk}                                  Chain          with its nodes
+POST /v1/disks                       DiskCreate         Task           202
+POST /v1/disks/{disk}/rollback       Rollback           RollbackAnswer 202 and a ``task``; ``dry_run``: 200, none
+GET  /v1/tasks                                          TaskList       running ones and the last finished ones
+GET  /v1/tasks/{id}                                     Task
+POST /v1/tasks/{id}/cancel                              Task           202
+GET  /v1/doctor                                         DoctorReport
+POST /v1/recover                                        Recovery       finishes or undoes what a crash left open
+GET  /v1/events                      ?guest= ?since=    event stream   see below
+GET  /openapi.json                                                     the machine-readable form of this table
+==================================== ================== ============== ==============================================
+
+``{disk}`` (and ``disk`` in a query) is a disk id, a target (``vda``) or the path of its image, also ``GUEST/TARGET``;
+in a URL its slashes may be percent-encoded or not. A guest is named by its name or UUID. What matches several things is refused, and the error names them.
+
+Every error has the body :class:`Error` and the HTTP status of its kind: 400 wrong request, 404 not found, 409 refused
+by a rule, 423 busy, 422 damaged data, 503 the daemon is stopping, 500 and 507 failed. ``exit_status`` is what the
+command line exits with.
+
+**The event stream** (``text/event-stream``). A stored event has its sequence as ``id:`` and ``event: event``; its data
+is :class:`Event`. Progress has ``event: progress``, no id, and :class:`Progress` as data. ``Last-Event-ID`` (or
+``?since=SEQUENCE``) resumes after that event; without it the stream starts with what happens next. A comment line
+(``: keep-alive``) comes at least every 15 seconds. A reader that falls behind loses progress, never events.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+
+from hvsnap.errors import HvsnapError
+from hvsnap.model import Consistency, GuestState, Kind, Method, State
+
+API = "/v1"
+
+Name = Annotated[str, Field(max_length=4096)]
+"""Something that names a guest, a disk or a snapshot. What it may be is judged where it is looked up."""
+
+
+class Answer(BaseModel):
+    """Base of what the daemon sends."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class Request(BaseModel):
+    """Base of what the daemon is sent; an unknown key is an error, so that a misspelt one is never ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Error(Answer):
+    """Why a request did not succeed, in one line, and the next step."""
+
+    code: str = Field(description="stable, machine-readable", examples=["snapshot-unknown"])
+    message: str
+    hint: str = Field(description="the next step; may be empty")
+    exit_status: int = Field(description="what the command line exits with", ge=1, le=7)
+
+    @classmethod
+    def of(cls, error: HvsnapError) -> Error:
+        """Return the body that tells of ``error``."""
+        return cls(code=error.code, message=error.message, hint=error.hint, exit_status=error.exit_status)
+
+
+# -- guests and disks -----------------------------------------------------------------------------
+
+
+class Protection(StrEnum):
+    """Whether a disk has snapshots, or can have any."""
+
+    PROTECTED = "protected"  # at least one accomplished snapshot
+    UNPROTECTED = "unprotected"  # eligible, but none yet
+    SKIPPED = "skipped"  # cannot be captured, see skip_reason
+
+
+class BitmapHealth(StrEnum):
+    """Whether the next snapshot can be read by the dirty bitmap."""
+
+    NONE = "none"  # no snapshot yet, or the image cannot hold one
+    RECORDING = "recording"  # the bitmap records since the chain's head
+    LOST = "lost"  # expected, but missing or inconsistent: the next snapshot re-reads the disk
+    UNKNOWN = "unknown"  # the guest is off, or did not answer
+
+
+class GuestDisk(Answer):
+    """One disk of a guest."""
+
+    target: str = Field(examples=["vda"])
+    id: str | None = Field(description="disk and chain id (d-…); null before the first snapshot")
+    bus: str
+    path: str = Field(description="the image that takes the guest's writes while no capture is open")
+    format: str
+    size_bytes: int | None = Field(description="as of the last snapshot; null before the first")
+    system: bool
+    protection: Protection
+    last_snapshot: str | None = Field(description="id of the newest accomplished snapshot")
+    last_snapshot_at: AwareDatetime | None
+    snapshots: int = Field(description="accomplished snapshots in the chain")
+    policy: str | None
+    bitmap: BitmapHealth
+    capturing: bool
+    skip_reason: str = Field(description="why the disk cannot be captured; empty: it can")
+
+
+class Guest(Answer):
+    """One guest of the hypervisor."""
+
+    name: str
+    uuid: str
+    state: GuestState
+    disks: list[GuestDisk]
+
+
+class GuestList(Answer):
+    """All guests, by name."""
+
+    guests: list[Guest]
+
+
+# -- snapshots ------------------------------------------------------------------------------------
+
+
+class Snapshot(Answer):
+    """One node of a chain, in any of its states."""
+
+    id: str = Field(examples=["s-mfrggzdfmztw"])
+    disk: str
+    guest: str = Field(description="name of the guest when it was last seen")
+    target: str
+    sequence: int = Field(description="place in the chain, from 1")
+    parent: str | None
+    name: str
+    description: str
+    tags: dict[str, str]
+    kind: Kind
+    method: Method
+    reason: str = Field(description="why this method; empty: the obvious one")
+    consistency: Consistency
+    state: State
+    error: str = Field(description="why it failed; empty unless failed")
+    size_bytes: int
+    read_bytes: int
+    changed_bytes: int
+    stored_bytes: int = Field(description="what the store grew by")
+    created_at: AwareDatetime
+    accomplished_at: AwareDatetime | None
+    group: str | None
+    progress: int = Field(ge=0, le=100, description="percent")
+    rate_bytes_s: float | None = Field(description="null unless it is being read")
+    eta_s: float | None
+
+
+class SnapshotList(Answer):
+    """Snapshots, newest first (of a create: in the order of the disks)."""
+
+    snapshots: list[Snapshot]
+
+
+class SnapshotCreate(Request):
+    """Make a snapshot of each of ``disks`` (none named: of every eligible disk of the guest)."""
+
+    guest: Name
+    disks: list[Name] = Field(default=[], max_length=256)
+    name: str = Field(default="", max_length=4096, description="empty: one is made from the time")
+    description: str = Field(default="", max_length=65536)
+    tags: dict[str, str] = Field(default={}, max_length=1024)
+    consistency: Consistency = Consistency.AUTO
+    group: bool = Field(default=False, description="all disks at the same instant")
+    wait: bool = Field(default=False, description="queue behind a running capture instead of being refused")
+
+
+class SnapshotDelete(Request):
+    """Delete snapshots, all of them or none."""
+
+    ids: list[Name] = Field(min_length=1, max_length=4096)
+    dry_run: bool = False
+
+
+class Freed(Answer):
+    """What deleting this one alone would free."""
+
+    id: str
+    freed_bytes: int
+
+
+class Deletion(Answer):
+    """What was deleted, or with ``dry_run`` would be.
+
+    ``freed_bytes`` is what goes when all of them go: more than the sum, if they share blocks with nobody else.
+    """
+
+    dry_run: bool
+    snapshots: list[Freed]
+    freed_bytes: int
+
+
+# -- chains ---------------------------------------------------------------------------------------
+
+
+class ChainSummary(Answer):
+    """One chain, without its nodes."""
+
+    disk: str
+    guest: str
+    target: str
+    path: str
+    system: bool
+    released: bool = Field(description="the disk is gone from its guest")
+    head: str | None = Field(description="the snapshot that the disk's present state continues from")
+    snapshots: int = Field(description="accomplished ones")
+    limit: int = Field(description="how many snapshots the chain may hold")
+    size_bytes: int
+    logical_bytes: int
+    stored_bytes: int
+    exclusive_bytes: int = Field(description="sum over the snapshots of what only each of them holds")
+
+
+class ChainNode(Answer):
+    """One snapshot in its chain."""
+
+    snapshot: Snapshot
+    exclusive_bytes: int = Field(description="stored bytes that only this snapshot refers to")
+    head: bool
+
+
+class Chain(ChainSummary):
+    """One chain with its nodes, oldest first."""
+
+    nodes: list[ChainNode]
+
+
+class ChainList(Answer):
+    """All chains."""
+
+    chains: list[ChainSummary]
+
+
+# -- tasks, restores ------------------------------------------------------------------------------
+
+
+class DiskCreate(Request):
+    """Make a new disk of a snapshot. ``path`` is absolute, and must not exist."""
+
+    snapshot: Name
+    path: Name
+    format: Literal["qcow2", "raw"] = "qcow2"
+
+
+class Rollback(Request):
+    """Set a disk back to one of its snapshots (SERVICE 6)."""
+
+    snapshot: Name
+    stop: bool = Field(default=False, description="shut the guest down gracefully first")
+    start: bool = Field(default=False, description="start the guest afterwards")
+    safety_snapshot: bool = Field(default=True, description="make a snapshot of the present state first")
+    dry_run: bool = False
+
+
+class RollbackPlan(Answer):
+    """What a rollback would do, as of now."""
+
+    disk: str
+    guest: str
+    target: str
+    snapshot: str
+    path: str
+    method: str = Field(description="how the blocks that differ are found")
+    write_bytes: int | None = Field(description="at most so much is written; null: known only once the disk is read")
+    stop: bool = Field(description="the guest runs and would be shut down")
+    safety_snapshot: bool
+    start: bool
+    notes: list[str] = Field(description="what its user should know, one line each")
+
+
+class TaskState(StrEnum):
+    """Life of a task."""
+
+    RUNNING = "running"
+    ACCOMPLISHED = "accomplished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class DiskCreated(Answer):
+    """What became of a DiskCreate."""
+
+    kind: Literal["disk-create"] = "disk-create"
+    snapshot: str
+    path: str
+    format: str
+    size_bytes: int
+    written_bytes: int
+
+
+class RolledBack(Answer):
+    """What became of a Rollback."""
+
+    kind: Literal["disk-rollback"] = "disk-rollback"
+    disk: str
+    snapshot: str
+    written_bytes: int
+    safety_snapshot: str | None = Field(description="id of the snapshot of the state that was replaced")
+    started: bool
+    notes: list[str]
+
+
+class Task(Answer):
+    """Long work that goes on in the daemon, whoever asked for it."""
+
+    id: str = Field(examples=["t-mfrggzdfmztw"])
+    kind: str = Field(examples=["disk-create", "disk-rollback"])
+    subject: str = Field(description="what it works on, for people")
+    state: TaskState
+    step: str = Field(description="what it is doing now, for people")
+    progress: int = Field(ge=0, le=100, description="percent")
+    done_bytes: int
+    total_bytes: int
+    rate_bytes_s: float | None
+    eta_s: float | None
+    created_at: AwareDatetime
+    finished_at: AwareDatetime | None
+    error: Error | None
+    result: Annotated[DiskCreated | RolledBack, Field(discriminator="kind")] | None
+
+
+class TaskList(Answer):
+    """Tasks, newest first."""
+
+    tasks: list[Task]
+
+
+class RollbackAnswer(Answer):
+    """``plan`` always; ``task`` unless it was a dry run."""
+
+    plan: RollbackPlan
+    task: Task | None
+
+
+# -- the daemon itself ----------------------------------------------------------------------------
+
+
+class Severity(StrEnum):
+    """How bad a finding is."""
+
+    OK = "ok"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class Finding(Answer):
+    """One thing that the doctor looked at."""
+
+    severity: Severity
+    check: str = Field(description="stable name of the check", examples=["kvm"])
+    what: str
+    evidence: str = Field(description="what was seen")
+    remedy: str = Field(description="what to do about it; empty if nothing")
+
+
+class DoctorReport(Answer):
+    """All findings, in a fixed order; ``worst`` is the worst severity among them."""
+
+    worst: Severity
+    findings: list[Finding]
+
+
+class RecoveredOperation(Answer):
+    """One open operation of the journal, and what became of it."""
+
+    id: str
+    kind: str
+    guest: str
+    step: str = Field(description="where the crash had left it")
+    outcome: Literal["finished", "undone", "still-open"]
+    detail: str
+
+
+class Recovery(Answer):
+    """What a recovery found and did. Empty: nothing was open."""
+
+    operations: list[RecoveredOperation]
+
+
+class MqttStatus(Answer):
+    """The publisher of events."""
+
+    configured: bool
+    connected: bool
+    pending: int = Field(description="events that the broker has not acknowledged yet")
+    error: str = Field(description="why it is not connected; empty if it is, or has not been tried")
+
+
+class Status(Answer):
+    """The daemon at a glance."""
+
+    version: str
+    host_id: str
+    started_at: AwareDatetime
+    uptime_s: float
+    stopping: bool
+    guests: int | None = Field(description="null: the hypervisor does not answer")
+    disks: int = Field(description="disks that have a chain")
+    snapshots: int = Field(description="accomplished ones")
+    captures: int = Field(description="disks being captured")
+    tasks: int = Field(description="running ones")
+    open_operations: int = Field(description="entries of the journal")
+    mqtt: MqttStatus
+
+
+class Event(Answer):
+    """One thing that happened (SERVICE 10). ``id`` is unique for ever; ``sequence`` orders a host's events."""
+
+    sequence: int
+    id: str
+    type: str = Field(examples=["snapshot.accomplished"])
+    at: AwareDatetime
+    payload: dict[str, object]
+
+
+class Progress(Answer):
+    """How far a snapshot or task is."""
+
+    id: str = Field(description="of the snapshot or task")
+    progress: int = Field(ge=0, le=100, description="percent")
+    done_bytes: int
+    total_bytes: int
+    rate_bytes_s: float
+    eta_s: float | None
