@@ -8,7 +8,7 @@ endpoint                             request            answer         remarks
 ==================================== ================== ============== ==============================================
 GET  /v1/status                                         Status
 GET  /v1/guests                                         GuestList      all guests of the hypervisor and their disks
-GET  /v1/snapshots                   ?guest= ?disk=     SnapshotList   newest first; ``state`` one of SnapshotState;
+GET  /v1/snapshots                   ?guest= ?disk=     SnapshotList   newest first; ``state`` one of its states;
                                      ?state= ?limit=                   at most ``limit`` (1000)
 GET  /v1/snapshots/{id}                                 Snapshot
 POST /v1/snapshots                   SnapshotCreate     SnapshotList   202, at once, in state ``progressing``
@@ -28,7 +28,8 @@ GET  /openapi.json                                                     the machi
 ==================================== ================== ============== ==============================================
 
 ``{disk}`` (and ``disk`` in a query) is a disk id, a target (``vda``) or the path of its image, also ``GUEST/TARGET``;
-in a URL its slashes may be percent-encoded or not. A guest is named by its name or UUID. What matches several things is refused, and the error names them.
+in a URL its slashes may be percent-encoded or not. A guest is named by its name or UUID. What matches several things is
+refused, and the error names them.
 
 Every error has the body :class:`Error` and the HTTP status of its kind: 400 wrong request, 404 not found, 409 refused
 by a rule, 423 busy, 422 damaged data, 503 the daemon is stopping, 500 and 507 failed. ``exit_status`` is what the
