@@ -1,0 +1,1 @@
+"""The catalog: SQLite's index of what the store holds, and the journal of what is under way."""
