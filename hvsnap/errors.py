@@ -172,6 +172,14 @@ class StoreBusy(Busy):
     code = "store-busy"
 
 
+class Stopping(Busy):
+    """The daemon is ending, and takes no new work."""
+
+    code = "stopping"
+    http_status = 503
+    default_hint = "try again when it is back"
+
+
 class AgentUnavailable(Failed):
     """The guest agent did not freeze the file systems in time."""
 
