@@ -219,6 +219,20 @@ class NoSpace(StoreFailed):
     default_hint = "free some space and try again; nothing was lost"
 
 
+class ObjectExists(StoreFailed):
+    """An object of that name is in the store already; objects are never overwritten."""
+
+    code = "object-exists"
+    http_status = 409
+
+
+class FormatUnknown(StoreFailed):
+    """The store was written in a format, or with a feature, that this release does not know."""
+
+    code = "format-unknown"
+    default_hint = "a newer hvsnap wrote it: use that release or a later one"
+
+
 class CatalogFailed(Failed):
     """The catalog is unreadable, read-only or from another version."""
 

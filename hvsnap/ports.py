@@ -44,7 +44,7 @@ class ObjectWriter(Protocol):
         ...
 
     async def commit(self) -> None:
-        """Make it durable and visible, all or nothing; an existing object of that name stays, and is an error."""
+        """Make it durable and visible, all or nothing; an existing object stays: :class:`ObjectExists`."""
         ...
 
     async def abort(self) -> None:
@@ -68,7 +68,7 @@ class ObjectStore(Protocol):
         ...
 
     async def put(self, name: str, data: bytes) -> None:
-        """Write a small object, durable on return."""
+        """Write a small object, durable on return; an existing object stays: :class:`ObjectExists`."""
         ...
 
     async def writer(self, name: str) -> ObjectWriter:
@@ -76,7 +76,7 @@ class ObjectStore(Protocol):
         ...
 
     def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
-        """Yield the objects whose name starts with ``prefix`` (whole parts), in order of their names."""
+        """Yield the objects below ``prefix`` (whole parts; empty: all), in order of their names."""
         ...
 
     async def size(self, name: str) -> int:
@@ -128,7 +128,11 @@ class Stored:
 
 
 class BlockStore(Protocol):
-    """Content-addressed blocks: deduplicated, compressed, verified on the way out."""
+    """Content-addressed blocks: deduplicated, compressed, verified on the way out.
+
+    This is one user's view of the store: every capture takes its own, since what :meth:`flush` promises, and
+    whose failures it reports, are the puts made through this object. After a failure only a new view can put.
+    """
 
     @property
     def block_size(self) -> int:
