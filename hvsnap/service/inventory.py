@@ -1,0 +1,226 @@
+"""Which guest, which disk: finding things by the words that people use, and knowing a disk again.
+
+A disk is known again by its guest, its serial (its target, if it has none) and its image; a disk whose image was
+replaced is another one, with a chain of its own (SERVICE 6.7). While a capture is open, the hypervisor shows its
+overlay as the disk's image; the journal says what lies underneath, and :func:`resolve` looks through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hvsnap.capture.facts import KIND, CaptureFacts
+from hvsnap.catalog.catalog import Catalog
+from hvsnap.errors import BadRequest, DiskUnknown, GuestUnknown, NoEligibleDisk
+from hvsnap.model import Disk, DiskId, DiskView, GuestView, Layer, Operation, new_id
+from hvsnap.ports import Clock, Hypervisor
+
+Overlays = Mapping[str, Layer]
+"""Path of an open capture's overlay → the image underneath."""
+
+NAMED_MAX = 5
+"""How many of several matches an error names."""
+
+
+def open_overlays(operations: Iterable[Operation]) -> dict[str, Layer]:
+    """Return the overlays of the journal's open captures, and the image under each."""
+    return {
+        disk.overlay: Layer(disk.base, disk.base_format)
+        for operation in operations
+        if operation.kind == KIND
+        for disk in CaptureFacts.of(operation).disks
+        if disk.overlay
+    }
+
+
+def resolve(disk: DiskView, overlays: Overlays) -> DiskView:
+    """Return a disk without the overlays of open captures: ``layers[0]`` is the image that stays.
+
+    A capture that was opened over an overlay that a crash had left is looked through, too.
+    """
+    layers = disk.layers
+    # Each turn goes down one overlay, so more turns than overlays would be a circle.
+    for _ in range(len(overlays)):
+        if not layers or layers[0].path not in overlays:
+            break
+        base = overlays[layers[0].path]
+        below = [number for number, layer in enumerate(layers) if layer.path == base.path]
+        # The definition of a guest that is off names only its topmost image.
+        layers = layers[below[0] :] if below else (base,)
+    return disk if layers is disk.layers else replace(disk, layers=layers)
+
+
+def resolve_guest(guest: GuestView, overlays: Overlays) -> GuestView:
+    """Return a guest with all its disks resolved."""
+    return replace(guest, disks=tuple(resolve(disk, overlays) for disk in guest.disks))
+
+
+def pick_guest(guests: Sequence[GuestView], name: str) -> GuestView:
+    """Return the guest of that UUID or name; raises :class:`GuestUnknown`, :class:`BadRequest` if several match."""
+    for guest in guests:
+        if guest.uuid == name.lower():
+            return guest
+    found = [guest for guest in guests if guest.name == name]
+    if not found:
+        raise GuestUnknown(f"there is no guest {name[:64]}")
+    if len(found) > 1:
+        several = _enumerate(f"{guest.name} ({guest.uuid})" for guest in found)
+        raise BadRequest(f"several guests are called {name[:64]}: {several}", hint="name it by its UUID")
+    return found[0]
+
+
+def pick_disk(disks: Sequence[Disk], name: str, *, guest: str = "") -> Disk:
+    """Return the known disk of that id, target, ``GUEST/TARGET`` or path.
+
+    ``guest`` (name or UUID) narrows the search. Of the disks that a target of a guest has had one after the other the
+    newest is meant; the others go by their ids. Raises :class:`DiskUnknown`, :class:`BadRequest` if several match.
+    """
+    among = [disk for disk in disks if guest in ("", disk.guest_name, disk.guest_uuid)]
+    for disk in among:
+        if disk.id == name:
+            return disk
+    newest: dict[tuple[str, str], Disk] = {}
+    for disk in sorted(among, key=lambda disk: (not disk.released, disk.created_at)):
+        if name in (disk.target, disk.source, f"{disk.guest_name}/{disk.target}", f"{disk.guest_uuid}/{disk.target}"):
+            newest[disk.guest_uuid, disk.target] = disk
+    found = list(newest.values())
+    if not found:
+        at = f" of guest {guest[:64]}" if guest else ""
+        raise DiskUnknown(f"no disk {name[:128]}{at} has a chain")
+    if len(found) > 1:
+        several = _enumerate(f"{disk.guest_name}/{disk.target} ({disk.id})" for disk in found)
+        raise BadRequest(f"{name[:128]} means several disks: {several}", hint="name it GUEST/TARGET or by its id")
+    return found[0]
+
+
+def _enumerate(texts: Iterable[str]) -> str:
+    texts = list(texts)
+    more = len(texts) - NAMED_MAX
+    return ", ".join(texts[:NAMED_MAX]) + (f" and {more} more" if more > 0 else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A disk of a guest as it is attached now; ``known`` is its row in the catalog, if it has one."""
+
+    guest: GuestView
+    view: DiskView
+    known: Disk | None
+
+
+class Inventory:
+    """Guests and disks, by any of their names, as the hypervisor shows them now."""
+
+    def __init__(self, hypervisor: Hypervisor, catalog: Catalog, clock: Clock) -> None:
+        self._hypervisor = hypervisor
+        self._catalog = catalog
+        self._clock = clock
+
+    async def overlays(self) -> dict[str, Layer]:
+        """Return the overlays of all open captures."""
+        return open_overlays(await self._catalog.operations(KIND))
+
+    async def guests(self) -> list[GuestView]:
+        """Return all guests, their disks resolved."""
+        # The journal before and after: an overlay is written down before it is made, and crossed out after it is gone.
+        before = await self.overlays()
+        guests = await self._hypervisor.guests()
+        overlays = before | await self.overlays()
+        return [resolve_guest(guest, overlays) for guest in guests]
+
+    async def guest(self, name: str) -> GuestView:
+        """Return one guest by its name or UUID, its disks resolved."""
+        return pick_guest(await self.guests(), name)
+
+    async def known(self, guest: GuestView, disk: DiskView) -> Disk | None:
+        """Return the catalog's row of a (resolved) disk, if it has one."""
+        if not disk.layers:
+            return None
+        return await self._catalog.find_disk(guest.uuid, disk.serial, disk.target, disk.top.path)
+
+    async def to_capture(self, guest_name: str, names: Sequence[str]) -> list[Found]:
+        """Return the disks that a request names, each once, in the order of their targets in the guest.
+
+        None named: all that can be captured. Raises :class:`GuestUnknown`, :class:`DiskUnknown`,
+        :class:`NoEligibleDisk` for a disk that cannot be captured, with the reason.
+        """
+        guest = await self.guest(guest_name)
+        found = [Found(guest, disk, await self.known(guest, disk)) for disk in guest.disks]
+        if names:
+            wanted = {id(self._named(found, name)) for name in names}
+            found = [disk for disk in found if id(disk) in wanted]
+        else:
+            found = [disk for disk in found if not disk.view.skip_reason]
+        for disk in found:
+            if disk.view.skip_reason:
+                why = f"disk {disk.view.target} of {guest.name} cannot be captured: {disk.view.skip_reason}"
+                raise NoEligibleDisk(why)
+        if not found:
+            raise NoEligibleDisk(f"guest {guest.name} has no disk that can be captured")
+        return found
+
+    def _named(self, found: Sequence[Found], name: str) -> Found:
+        """Return the disk of this guest that has that target, path or id."""
+        for disk in found:
+            paths = {layer.path for layer in disk.view.layers[:1]}
+            full = f"{disk.guest.name}/{disk.view.target}"
+            if name in {disk.view.target, full, *paths} or (disk.known is not None and disk.known.id == name):
+                return disk
+        guest = found[0].guest.name if found else "the guest"
+        raise DiskUnknown(f"{guest} has no disk {name[:128]}")
+
+    async def register(self, found: Found, size_bytes: int) -> Disk:
+        """Return the catalog's row of a disk, making it at the first capture; keeps names and target up to date."""
+        guest, view = found.guest, found.view
+        known = await self.known(guest, view)
+        now: dict[str, Any] = {
+            "guest_name": guest.name,
+            "target": view.target,
+            "format": view.top.format,
+            "system": view.system,
+        }
+        async with self._catalog.write() as tx:
+            if known is not None:
+                changes = {name: value for name, value in now.items() if getattr(known, name) != value}
+                if not changes:
+                    return known
+                await tx.update_disk(known.id, **changes)
+                return replace(known, **changes)
+            disk = Disk(
+                id=DiskId(new_id("d")),
+                guest_uuid=guest.uuid,
+                guest_name=guest.name,
+                target=view.target,
+                serial=view.serial,
+                source=view.top.path,
+                format=view.top.format,
+                size_bytes=size_bytes,
+                system=view.system,
+                created_at=self._clock.now(),
+            )
+            await tx.add_disk(disk)
+            return disk
+
+    async def disk(self, name: str, *, guest: str = "") -> Disk:
+        """Return a disk that has a chain; see :func:`pick_disk`. Released ones are found, too."""
+        disks = await self._catalog.disks(include_released=True)
+        base = (await self.overlays()).get(name)
+        return pick_disk(disks, name if base is None else base.path, guest=guest)
+
+    async def attached(self, disk: Disk) -> Found:
+        """Return a known disk as it is attached to its guest now.
+
+        Raises :class:`GuestUnknown`, and :class:`DiskUnknown` when the guest has another disk in its place
+        (SERVICE 6.7) or none.
+        """
+        guest = pick_guest(await self.guests(), disk.guest_uuid)
+        for view in guest.disks:
+            known = await self.known(guest, view)
+            if known is not None and known.id == disk.id:
+                return Found(guest, view, known)
+        raise DiskUnknown(
+            f"disk {disk.id} ({disk.source}) is no longer attached to {guest.name}",
+            hint="its snapshots can still make new disks: `hvsnap disk-create SNAPSHOT TARGET`",
+        )
