@@ -5,7 +5,7 @@ No protocol here knows libvirt, SQLite, a file system or MQTT; those live in the
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -158,6 +158,30 @@ class BlockStore(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class ManifestPage:
+    """One page of a manifest: ``index uint16[n]``, and the blocks' digests ``uint8[n, 32]`` (all zero: a zero block)."""
+
+    page: int
+    index: npt.NDArray[np.uint16]
+    digests: npt.NDArray[np.uint8]
+
+
+class SnapshotStore(BlockStore, Protocol):
+    """A block store that keeps the snapshots' manifests, too."""
+
+    async def put_manifest(self, name: str, header: dict[str, object], pages: AsyncIterator[ManifestPage]) -> None:
+        """Write a snapshot's manifest: durable on return. The store adds its own identity and the checksums.
+
+        ``name`` is ``<disk id>/<sequence, 8 digits>-<snapshot id>``. One that a crash left behind is replaced.
+        """
+        ...
+
+    async def delete_manifest(self, name: str) -> None:
+        """Remove a manifest; one that is not there is no error."""
+        ...
+
+
 # -- a disk that can be read ----------------------------------------------------------------------
 
 
@@ -209,8 +233,12 @@ class Hypervisor(Protocol):
         """Return the bitmaps of the running guest's active image."""
         ...
 
-    async def bitmap_add(self, uuid: GuestUuid, targets: Sequence[str], name: str, granularity: int) -> None:
-        """Add a persistent recording bitmap to the active images of all targets, or of none."""
+    async def definition(self, uuid: GuestUuid) -> str:
+        """Return what the guest would be started from next (libvirt: its XML), without secrets."""
+        ...
+
+    async def bitmap_add(self, uuid: GuestUuid, names: Mapping[str, str], granularity: int) -> None:
+        """Add a persistent recording bitmap (target → name) to the active image of every target, or of none."""
         ...
 
     async def bitmap_remove(self, uuid: GuestUuid, target: str, name: str) -> None:

@@ -70,23 +70,25 @@ class Transaction:
         if snapshot.state is State.PROGRESSING:
             raise SnapshotInUse(f"snapshot {snapshot_id} is still being made", hint="wait for it, or cancel it")
         number = await self._number(snapshot_id)
-        children = await self._cursor.read("SELECT id, number FROM snapshots WHERE parent = ?", (snapshot_id,))
+        children = await self._cursor.read("SELECT state, number FROM snapshots WHERE parent = ?", (snapshot_id,))
+        if any(state == State.PROGRESSING for state, _number in children):
+            hint = "wait for that snapshot, or cancel it"
+            raise SnapshotInUse(f"snapshot {snapshot_id} is what a snapshot being made builds on", hint=hint)
         disks = await self._cursor.read("SELECT id FROM disks WHERE head = ?", (snapshot_id,))
         for (page,) in await self._cursor.read("SELECT page FROM pages WHERE snapshot = ?", (number,)):
             entries = await self._page(number, page)
-            for _child, child_number in children:
+            for _state, child_number in children:
                 mine = await self._page(child_number, page)
                 await self._put_page(child_number, page, chain.hand_over(entries, mine))
             for (disk,) in disks:
                 await self.add_carry(DiskId(disk), page, entries.index)
         await self._cursor.execute("UPDATE snapshots SET parent = ? WHERE parent = ?", (snapshot.parent, snapshot_id))
         for (disk,) in disks:
-            # Without a parent there is nothing to compare with: the next snapshot is a full one, bitmap or not.
-            changes: dict[str, Any] = {"head": snapshot.parent}
+            # Without a parent there is nothing to compare with: the next snapshot is a full one, whatever the
+            # bitmap says. Its name is kept all the same, so that the next capture removes it from the image.
+            await self.update_disk(DiskId(disk), head=snapshot.parent)
             if snapshot.parent is None:
-                changes["bitmap"] = None
                 await self.clear_carry(DiskId(disk))
-            await self.update_disk(DiskId(disk), **changes)
         await self._cursor.execute("DELETE FROM pages WHERE snapshot = ?", (number,))
         await self._cursor.execute("DELETE FROM snapshots WHERE id = ?", (snapshot_id,))
 

@@ -25,7 +25,10 @@ With plain 64 KiB clusters the guest lost 20 % of its random writes while a snap
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """What qemu-img says of one image. ``bitmaps`` are those stored in the image (qcow2 only)."""
+    """What qemu-img says of one image. ``bitmaps`` are those stored in the image.
+
+    ``holds_bitmaps`` says whether the image's format can store persistent bitmaps at all.
+    """
 
     path: str
     format: str
@@ -34,6 +37,7 @@ class ImageInfo:
     backing_path: str | None
     backing_format: str | None
     encrypted: bool
+    holds_bitmaps: bool
 
     def bitmap(self, name: str) -> Bitmap | None:
         """Return the bitmap of that name."""
@@ -68,6 +72,8 @@ async def image_info(path: str, image_format: str) -> ImageInfo:
         backing_path=raw.get("full-backing-filename") or raw.get("backing-filename"),
         backing_format=raw.get("backing-filename-format"),
         encrypted=bool(raw.get("encrypted")),
+        # Version 2 of qcow2 ("compat 0.10") has no extensions, and so no bitmaps.
+        holds_bitmaps=raw["format"] == "qcow2" and specific.get("compat") != "0.10",
     )
 
 
@@ -86,6 +92,11 @@ def _create_empty(path: str, like: str | None) -> None:
             os.fchmod(fd, seen.st_mode & 0o777)
     finally:
         os.close(fd)
+
+
+def exists(path: str) -> bool:
+    """Whether a file or device is there (a stat: call it in a thread)."""
+    return os.path.exists(path)
 
 
 async def remove(path: str) -> None:
@@ -152,3 +163,9 @@ async def sync_image(path: str) -> None:
             os.close(fd)
 
     await asyncio.to_thread(sync)
+
+
+async def is_empty(path: str) -> bool:
+    """Whether nothing was ever written into a qcow2 overlay: no cluster of its own is allocated."""
+    out = await run("qemu-img", "map", "-U", "--output=json", "-f", "qcow2", path)
+    return not any(extent["depth"] == 0 and extent.get("present", True) for extent in json.loads(out))

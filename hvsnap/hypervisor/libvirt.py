@@ -12,7 +12,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import libvirt
@@ -149,18 +149,18 @@ class LibvirtHypervisor:
 
     # -- bitmaps ----------------------------------------------------------------------------------
 
-    async def bitmap_add(self, uuid: GuestUuid, targets: Sequence[str], name: str, granularity: int) -> None:
-        """Add a persistent recording bitmap to the active images of all targets, or of none."""
+    async def bitmap_add(self, uuid: GuestUuid, names: Mapping[str, str], granularity: int) -> None:
+        """Add a persistent recording bitmap to the active image of every target, or of none."""
 
         def work(domain: Any) -> None:
             actions = []
-            for target in targets:
+            for target, name in names.items():
                 node, _named = _node(domain, target)
                 data = {"node": node, "name": name, "granularity": granularity, "persistent": True}
                 actions.append({"type": "block-dirty-bitmap-add", "data": data})
             _qmp(domain, "transaction", actions=actions)
 
-        if targets:
+        if names:
             await self._on(uuid, work)
 
     async def bitmap_remove(self, uuid: GuestUuid, target: str, name: str) -> None:

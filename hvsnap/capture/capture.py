@@ -1,0 +1,149 @@
+"""One capture of one guest's disks: the steps of docs/capture.md, in their order.
+
+Every step is journaled before it is done. Whatever raises here, the caller settles the journal's entry afterwards
+(:mod:`hvsnap.capture.settle`), so that there is one way of undoing for errors, cancellation and crashes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from hvsnap.capture.facts import Mode, Step
+from hvsnap.capture.freeze import frozen
+from hvsnap.capture.merge import OPEN_MARKER
+from hvsnap.capture.pipeline import Totals
+from hvsnap.capture.record import DiskPlan, Recorder
+from hvsnap.capture.space import SpaceLimits, check, watch
+from hvsnap.catalog.catalog import Catalog
+from hvsnap.errors import AgentUnavailable, HypervisorFailed
+from hvsnap.hypervisor import images
+from hvsnap.model import Consistency, GuestUuid, OperationId
+from hvsnap.ports import Hypervisor
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureOrder:
+    """A capture that the journal has begun: its entry, its guest, its disks, and what was asked for."""
+
+    operation: OperationId
+    guest: GuestUuid
+    mode: Mode
+    disks: tuple[DiskPlan, ...]
+    consistency: Consistency
+    freeze_timeout_s: float
+    space: SpaceLimits
+    block_size: int
+
+
+class Capture:
+    """Carries out one :class:`CaptureOrder`."""
+
+    def __init__(self, hypervisor: Hypervisor, catalog: Catalog, recorder: Recorder, order: CaptureOrder) -> None:
+        self._hypervisor = hypervisor
+        self._catalog = catalog
+        self._recorder = recorder
+        self._order = order
+        self._overlays = [plan.captured.overlay for plan in order.disks if plan.captured.overlay]
+
+    async def run(self) -> None:
+        """Take the snapshots: accomplished when this returns. The guest is not yet back on its images."""
+        definition = await self._hypervisor.definition(self._order.guest)
+        if self._order.mode is Mode.OFFLINE:
+            consistency, note = await self._hold_offline()
+        else:
+            consistency, note = await self._redirect()
+        async with self._watching_space():
+            done: list[tuple[DiskPlan, Totals]] = [await self._recorder.record(plan) for plan in self._order.disks]
+        await self._recorder.accomplish(self._order.operation, done, consistency, note, definition)
+
+    # -- holding the instant ----------------------------------------------------------------------
+
+    async def _redirect(self) -> tuple[Consistency, str]:
+        """Redirect the guest's writes to overlays; the images are frozen when this returns."""
+        order = self._order
+        await asyncio.to_thread(check, self._overlays, order.space)
+        for plan in order.disks:
+            await images.sync_image(plan.captured.base)
+        # Before the switch: a bitmap added earlier than the instant holds a superset of what is written after it.
+        names = {plan.captured.target: plan.captured.new for plan in order.disks if plan.captured.new}
+        await self._hypervisor.bitmap_add(order.guest, names, order.block_size)
+        await self._step(Step.OVERLAYS)
+        for plan in order.disks:
+            captured = plan.captured
+            await images.create_overlay(captured.overlay, captured.base, captured.base_format)
+            await images.bitmap_add(captured.overlay, OPEN_MARKER, order.block_size, disabled=True)
+        consistency, note = await self._switch_consistently()
+        await self._check_switched()
+        await self._step(Step.READING)
+        return consistency, note
+
+    async def _switch_consistently(self) -> tuple[Consistency, str]:
+        """Switch with the file systems frozen, if that is asked for and can be had (SERVICE 2.8)."""
+        asked = self._order.consistency
+        if asked is Consistency.CRASH:
+            await self._switch()
+            return Consistency.CRASH, ""
+        await self._step(Step.FREEZING)
+        switched = False
+        try:
+            async with frozen(self._hypervisor, self._order.guest, self._order.freeze_timeout_s) as freeze:
+                await self._switch()
+                switched = True
+            if not freeze.expired:
+                return Consistency.APP, ""
+            why = f"the freeze ended after {self._order.freeze_timeout_s:g} s, before the disks were switched"
+        except AgentUnavailable as error:
+            why = error.message
+            if asked is Consistency.APP:
+                raise
+        if asked is Consistency.APP:
+            raise AgentUnavailable(why, hint="try again, or raise capture.freeze_timeout_s (at most 9)")
+        if not switched:
+            await self._switch()
+        return Consistency.CRASH, why
+
+    async def _switch(self) -> None:
+        await self._step(Step.SWITCHING)
+        overlays = {plan.captured.target: plan.captured.overlay for plan in self._order.disks}
+        await self._hypervisor.switch_to_overlays(self._order.guest, overlays)
+
+    async def _check_switched(self) -> None:
+        """Look whether every disk is on its overlay, over exactly its image: geometry before and after."""
+        guest = await self._hypervisor.guest(self._order.guest)
+        shown = {disk.target: [layer.path for layer in disk.layers[:2]] for disk in guest.disks}
+        for plan in self._order.disks:
+            expected = [plan.captured.overlay, plan.captured.base]
+            if shown.get(plan.captured.target) != expected:
+                raise HypervisorFailed(f"disk {plan.captured.target} is on {shown.get(plan.captured.target)}")
+
+    async def _hold_offline(self) -> tuple[Consistency, str]:
+        """The images of a guest that is off are frozen by themselves; reading them takes their locks."""
+        for plan in self._order.disks:
+            if plan.captured.new:
+                await images.bitmap_add(plan.captured.base, plan.captured.new, self._order.block_size)
+        await self._step(Step.READING)
+        # The guest was shut down, so its file systems are as consistent as they get.
+        return Consistency.CRASH if self._order.consistency is Consistency.CRASH else Consistency.APP, ""
+
+    # -- around it --------------------------------------------------------------------------------
+
+    async def _step(self, step: Step) -> None:
+        async with self._catalog.write() as tx:
+            await tx.step(self._order.operation, step)
+
+    @contextlib.asynccontextmanager
+    async def _watching_space(self) -> AsyncIterator[None]:
+        """Give the capture up, as :class:`NoSpace`, when the overlays' file system runs short."""
+        if not self._overlays:
+            yield
+            return
+        try:
+            async with asyncio.TaskGroup() as group:
+                watcher = group.create_task(watch(self._overlays, self._order.space), name="watch-space")
+                yield
+                watcher.cancel()
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from errors

@@ -1,0 +1,72 @@
+"""What the journal holds of an open capture: all that finishing or undoing it needs, after any crash."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from hvsnap.errors import CatalogFailed
+from hvsnap.model import DiskId, Operation, SnapshotId
+
+KIND = "capture"
+"""The journal's name for captures."""
+
+
+class Mode(StrEnum):
+    """How the instant is held (docs/architecture.md, "Capture")."""
+
+    REDIRECT = "redirect"
+    OFFLINE = "offline"
+
+
+class Step(StrEnum):
+    """Intents of a capture, each written down before it is acted on."""
+
+    BITMAPS = "adding bitmaps"
+    OVERLAYS = "creating overlays"
+    FREEZING = "freezing file systems"
+    SWITCHING = "switching to overlays"
+    READING = "reading"
+    SETTLING = "settling"
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedDisk:
+    """One disk of an open capture.
+
+    ``base`` is the frozen image, ``overlay`` what takes the guest's writes meanwhile (empty: offline). ``old`` is the
+    bitmap that the capture reads, ``new`` the one that records from its instant on; None where there is none.
+    """
+
+    disk: DiskId
+    snapshot: SnapshotId
+    target: str
+    base: str
+    base_format: str
+    overlay: str
+    old: str | None
+    new: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureFacts:
+    """An open capture of one or several disks of a guest. ``pivoting`` names targets whose pivot was asked for."""
+
+    mode: Mode
+    disks: tuple[CapturedDisk, ...]
+    pivoting: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the facts as the journal stores them."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, operation: Operation) -> CaptureFacts:
+        """Return the facts of a journal entry; raises :class:`CatalogFailed` for one that is not a capture's."""
+        raw: dict[str, Any] = operation.facts
+        try:
+            disks = tuple(CapturedDisk(**disk) for disk in raw["disks"])
+            return cls(Mode(raw["mode"]), disks, tuple(raw.get("pivoting", ())))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CatalogFailed(f"the journal's entry {operation.id} cannot be read: {error}") from error

@@ -1,0 +1,190 @@
+"""Reading one frozen disk into the store, and making a capture's snapshots accomplished.
+
+The order is what the promise rests on: packs durable, manifests durable, catalog committed. A crash before the commit leaves
+garbage in the store, never a snapshot with a hole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from hvsnap.capture.facts import CapturedDisk, Step
+from hvsnap.capture.pipeline import Pipeline, StagedPage, Totals
+from hvsnap.capture.plan import Decision, Selection
+from hvsnap.capture.reader import DiskMap, scan
+from hvsnap.catalog import chain
+from hvsnap.catalog.catalog import Catalog
+from hvsnap.catalog.chain import IndexArray, Page
+from hvsnap.errors import HypervisorFailed
+from hvsnap.happenings import EventType, snapshot_payload
+from hvsnap.hypervisor.nbd_server import serve_image
+from hvsnap.model import Consistency, Disk, Kind, Method, OperationId, Progress, Snapshot, State
+from hvsnap.ports import Clock, ManifestPage, NbdExport, SnapshotStore, UInt64Array
+
+DIGEST_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class DiskPlan:
+    """One disk of a capture: what the catalog knew when it began, and what was decided."""
+
+    disk: Disk
+    snapshot: Snapshot
+    captured: CapturedDisk
+    decision: Decision
+
+
+class CatalogStage:
+    """Compares pages with the snapshot's parent, and stages them in the catalog."""
+
+    def __init__(self, catalog: Catalog, snapshot: Snapshot) -> None:
+        self._catalog = catalog
+        self._snapshot = snapshot
+
+    async def compare(self, page: int, index: npt.NDArray[np.uint16], block: UInt64Array) -> StagedPage | None:
+        """Return the entries that differ from the parent's view; None if there are none."""
+        parent = self._snapshot.parent
+        view = chain.blank() if parent is None else await self._catalog.view(parent, page)
+        entries = chain.changed(view, index, block)
+        return StagedPage(page, entries.index, entries.block) if len(entries) else None
+
+    async def stage(self, pages: list[StagedPage]) -> None:
+        """Write finished pages in one transaction."""
+        async with self._catalog.write() as tx:
+            for staged in pages:
+                await tx.put_page(self._snapshot.id, staged.page, Page(staged.index, staged.block))
+
+
+def select(found: DiskMap, carry: dict[int, IndexArray]) -> Selection:
+    """Return what to read of a disk: all of it without a bitmap, else what the bitmap or the carried blocks name."""
+    if found.dirty is None:
+        return Selection(found.data, None)
+    candidates = found.dirty
+    for page, index in carry.items():
+        if page < candidates.pages:
+            candidates.add_index(page, index)
+    return Selection(found.data, candidates)
+
+
+class Recorder:
+    """Puts the frozen disks of one capture into the store."""
+
+    def __init__(
+        self, catalog: Catalog, store: SnapshotStore, clock: Clock, run_dir: str, report: Callable[[Progress], None]
+    ) -> None:
+        self._catalog = catalog
+        self._store = store
+        self._clock = clock
+        self._run_dir = run_dir
+        self._report = report
+
+    async def record(self, plan: DiskPlan) -> tuple[DiskPlan, Totals]:
+        """Read one frozen disk; the plan comes back with what was really done (a bitmap may turn out unreadable)."""
+        base, base_format = plan.captured.base, plan.captured.base_format
+        if plan.decision.bitmap is not None:
+            try:
+                async with self._serve(base, base_format, plan.decision.bitmap) as export:
+                    return plan, await self._read(plan, export)
+            except HypervisorFailed as error:
+                reason = f"the dirty bitmap could not be exported: {error.message}"
+                plan = replace(plan, decision=Decision(Kind.INCREMENTAL, Method.RESCAN, reason))
+        async with self._serve(base, base_format, None) as export:
+            return plan, await self._read(plan, export)
+
+    def _serve(self, base: str, base_format: str, bitmap: str | None) -> AbstractAsyncContextManager[NbdExport]:
+        return serve_image(base, base_format, run_dir=self._run_dir, bitmap=bitmap, idle_priority=True)
+
+    async def _read(self, plan: DiskPlan, export: NbdExport) -> Totals:
+        snapshot = plan.snapshot
+        found = await asyncio.to_thread(scan, export, self._store.block_size)
+        if found.size_bytes != snapshot.size_bytes:
+            raise HypervisorFailed(f"disk {plan.disk.target} was resized as its snapshot began", hint="try again")
+        selection = select(found, await self._catalog.carry(plan.disk.id))
+        pipeline = Pipeline(snapshot.id, self._store, CatalogStage(self._catalog, snapshot), self._report)
+        return await pipeline.run(export, snapshot.size_bytes, selection)
+
+    async def accomplish(
+        self,
+        operation: OperationId,
+        done: list[tuple[DiskPlan, Totals]],
+        consistency: Consistency,
+        note: str,
+        guest: str,
+    ) -> None:
+        """Make the snapshots of a capture durable and visible, all at once.
+
+        ``note`` says why the consistency is less than was asked for; ``guest`` is its definition, for the manifest.
+        """
+        await self._store.flush()
+        finished = []
+        for plan, totals in done:
+            snapshot = self._finished(plan, totals, consistency, note)
+            await self._store.put_manifest(
+                manifest_name(snapshot), manifest_header(plan.disk, snapshot, guest), self._manifest_pages(snapshot)
+            )
+            finished.append((plan, snapshot))
+        async with self._catalog.write() as tx:
+            for plan, snapshot in finished:
+                await tx.update_snapshot(
+                    snapshot.id,
+                    state=snapshot.state,
+                    kind=snapshot.kind,
+                    method=snapshot.method,
+                    reason=snapshot.reason,
+                    consistency=snapshot.consistency,
+                    accomplished_at=snapshot.accomplished_at,
+                    read_bytes=snapshot.read_bytes,
+                    changed_bytes=snapshot.changed_bytes,
+                    stored_bytes=snapshot.stored_bytes,
+                )
+                await tx.update_disk(
+                    plan.disk.id, head=snapshot.id, bitmap=plan.captured.new, size_bytes=snapshot.size_bytes
+                )
+                await tx.clear_carry(plan.disk.id)
+                await tx.emit(EventType.SNAPSHOT_ACCOMPLISHED, snapshot_payload(plan.disk, snapshot))
+            await tx.step(operation, Step.SETTLING)
+
+    def _finished(self, plan: DiskPlan, totals: Totals, consistency: Consistency, note: str) -> Snapshot:
+        reasons = [reason for reason in (plan.decision.reason, note) if reason]
+        return replace(
+            plan.snapshot,
+            state=State.ACCOMPLISHED,
+            kind=plan.decision.kind,
+            method=plan.decision.method,
+            reason="; ".join(reasons),
+            consistency=consistency,
+            accomplished_at=self._clock.now(),
+            read_bytes=totals.read_bytes,
+            changed_bytes=totals.changed_blocks * self._store.block_size,
+            stored_bytes=totals.new_bytes,
+        )
+
+    async def _manifest_pages(self, snapshot: Snapshot) -> AsyncIterator[ManifestPage]:
+        async for number, entries in self._catalog.own_pages(snapshot.id):
+            digests = np.zeros((len(entries), DIGEST_BYTES), np.uint8)
+            stored = np.flatnonzero(entries.block)
+            places = await self._catalog.places(entries.block[stored].tolist())
+            if places:
+                joined = b"".join(place.digest for place in places)
+                digests[stored] = np.frombuffer(joined, np.uint8).reshape(-1, DIGEST_BYTES)
+            yield ManifestPage(number, entries.index, digests)
+
+
+def manifest_name(snapshot: Snapshot) -> str:
+    """Return the name of a snapshot's manifest, which sorts a chain by its sequence."""
+    return f"{snapshot.disk}/{snapshot.sequence:08d}-{snapshot.id}"
+
+
+def manifest_header(disk: Disk, snapshot: Snapshot, guest: str) -> dict[str, object]:
+    """Return all that rebuilding the catalog from the store alone needs to know of a snapshot and its disk."""
+    return {
+        "snapshot": {**asdict(snapshot)},
+        "disk": {**asdict(disk), "head": None, "bitmap": None},
+        "guest": guest,
+    }

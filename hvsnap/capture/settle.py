@@ -1,0 +1,146 @@
+"""Ending a capture, well or badly, now or after a crash: one way for all.
+
+A capture's own last step and the recovery at start-up are the same: look at the journal's facts and at what the hypervisor
+really shows, and bring the guest back to its image, its bitmaps to what the catalog says, and the journal to an end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+
+from hvsnap.capture.facts import CapturedDisk, CaptureFacts, Mode, Step
+from hvsnap.capture.merge import POLL_S_FIRST, POLL_S_MAX, Action, Merge, attached
+from hvsnap.catalog.catalog import Catalog
+from hvsnap.errors import Busy, HvsnapError, HypervisorFailed, HypervisorUnreachable, NotFound
+from hvsnap.happenings import EventType, snapshot_payload
+from hvsnap.hypervisor import images
+from hvsnap.model import GuestUuid, Operation, OperationId, State
+from hvsnap.ports import Hypervisor
+
+log = logging.getLogger(__name__)
+
+THAW_TIMEOUT_S = 5.0
+ATTEMPTS = 4
+"""How often one step is looked at anew after an error: a guest that starts or stops meanwhile changes what is right."""
+
+RETRY_S = 1.0
+
+
+class Settle:
+    """Brings open captures to their end. Never raises away what is open: an error leaves the journal's entry."""
+
+    def __init__(self, hypervisor: Hypervisor, catalog: Catalog) -> None:
+        self._hypervisor = hypervisor
+        self._catalog = catalog
+        self._merge = Merge(hypervisor)
+
+    async def settle(self, operation: Operation, error: str = "interrupted") -> None:
+        """Bring one capture to its end. ``error`` is the reason put on its snapshots that are not accomplished.
+
+        Raises what stands in the way (:class:`HypervisorUnreachable`, :class:`ForeignJob`, a full device); the entry
+        stays open then, the guest is on its newest data, and this may be called again.
+        """
+        facts = CaptureFacts.of(operation)
+        accomplished = await self._fail_unaccomplished(facts, error)
+        if operation.step in (Step.FREEZING, Step.SWITCHING):
+            await self._thaw(operation.guest_uuid)
+        if facts.mode is Mode.REDIRECT:
+            for disk in facts.disks:
+                await self._bring_back(operation, disk)
+        for disk in facts.disks:
+            await self._retire(operation.guest_uuid, disk, disk.old if accomplished else disk.new)
+        async with self._catalog.write() as tx:
+            await tx.close_operation(operation.id)
+
+    async def _fail_unaccomplished(self, facts: CaptureFacts, error: str) -> bool:
+        """Mark snapshots failed that never became durable; True if the capture was accomplished (all or none are)."""
+        accomplished = True
+        for disk in facts.disks:
+            snapshot = await self._catalog.snapshot(disk.snapshot) if await self._known(disk) else None
+            if snapshot is None or snapshot.state is State.ACCOMPLISHED:
+                continue
+            accomplished = False
+            if snapshot.state is State.PROGRESSING:
+                known = await self._catalog.disk(disk.disk)
+                async with self._catalog.write() as tx:
+                    await tx.drop_pages(disk.snapshot)
+                    await tx.update_snapshot(disk.snapshot, state=State.FAILED, error=error)
+                    failed = dataclasses.replace(snapshot, state=State.FAILED, error=error)
+                    await tx.emit(EventType.SNAPSHOT_FAILED, snapshot_payload(known, failed))
+        return accomplished
+
+    async def _known(self, disk: CapturedDisk) -> bool:
+        with contextlib.suppress(NotFound):
+            await self._catalog.snapshot(disk.snapshot)
+            return True
+        return False
+
+    async def _thaw(self, uuid: GuestUuid) -> None:
+        """Thaw a guest that may have been left frozen; a guest that is off, or has no agent, is not frozen."""
+        with contextlib.suppress(NotFound):
+            if (await self._hypervisor.guest(uuid)).active:
+                try:
+                    await self._hypervisor.thaw(uuid, THAW_TIMEOUT_S)
+                except HypervisorUnreachable:
+                    raise
+                except HypervisorFailed as error:
+                    log.warning("guest %s: thaw: %s", uuid, error.message)
+
+    async def _bring_back(self, operation: Operation, disk: CapturedDisk) -> None:
+        """Merge a disk's overlay into the image below it, whatever state the guest is in or gets into."""
+        pause_s = POLL_S_FIRST
+        errors = 0
+        while True:
+            pivot_asked = disk.target in CaptureFacts.of(await self._catalog.operation(operation.id)).pivoting
+            try:
+                action = await self._merge.decide(operation.guest_uuid, disk, pivot_asked=pivot_asked)
+                if action is Action.DONE:
+                    return
+                if action is Action.PIVOT and not pivot_asked:
+                    await self._note_pivot(operation.id, disk)
+                await self._merge.act(action, operation.guest_uuid, disk)
+            except (Busy, HypervisorUnreachable):
+                raise
+            except HvsnapError as error:
+                # An interrupted change is unknown, not failed: look again, a few times.
+                errors += 1
+                if errors >= ATTEMPTS:
+                    raise
+                log.info("merging %s: %s; looking again", disk.overlay, error.message)
+                await asyncio.sleep(RETRY_S)
+                continue
+            if action is Action.WAIT:
+                await asyncio.sleep(pause_s)
+                pause_s = min(POLL_S_MAX, pause_s * 1.5)
+
+    async def _note_pivot(self, operation_id: OperationId, disk: CapturedDisk) -> None:
+        """Write down that a pivot is about to be asked for."""
+        facts = CaptureFacts.of(await self._catalog.operation(operation_id))
+        async with self._catalog.write() as tx:
+            await tx.step(operation_id, Step.SETTLING, pivoting=[*facts.pivoting, disk.target])
+
+    async def _retire(self, uuid: GuestUuid, disk: CapturedDisk, name: str | None) -> None:
+        """Remove a bitmap from the image, through QEMU or from outside, whichever has it open."""
+        if name is None or disk.base_format != "qcow2":
+            return
+        for attempt in range(1, ATTEMPTS + 1):
+            guest = await self._merge.look(uuid)
+            found = attached(guest, disk.base)
+            try:
+                if guest is not None and guest.active and found is not None:
+                    await self._hypervisor.bitmap_remove(uuid, found.target, name)
+                    return
+                if not await asyncio.to_thread(images.exists, disk.base):
+                    return  # the image was deleted, and its bitmaps with it
+                if (await images.image_info(disk.base, disk.base_format)).bitmap(name) is not None:
+                    await images.bitmap_remove(disk.base, name)
+                return
+            except HypervisorUnreachable:
+                raise
+            except HvsnapError:
+                if attempt == ATTEMPTS:
+                    raise
+                await asyncio.sleep(RETRY_S)

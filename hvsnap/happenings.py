@@ -1,0 +1,54 @@
+"""What can happen, by name, and what is told of it (SERVICE 10): the one list of event types and payloads.
+
+Payloads are plain JSON. Their form is documented in docs/mqtt.md; a key is never removed or given another meaning.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+from hvsnap.model import Disk, Snapshot
+
+
+class EventType(StrEnum):
+    """Types of stored events. Progress is not among them: it is announced, never stored."""
+
+    SNAPSHOT_CREATED = "snapshot.created"
+    SNAPSHOT_ACCOMPLISHED = "snapshot.accomplished"
+    SNAPSHOT_FAILED = "snapshot.failed"
+    SNAPSHOT_DELETED = "snapshot.deleted"
+    DISK_CREATED = "disk.created"
+    DISK_CREATE_FAILED = "disk.create-failed"
+    ROLLBACK_STARTED = "rollback.started"
+    ROLLBACK_FINISHED = "rollback.finished"
+    ROLLBACK_FAILED = "rollback.failed"
+    DISK_ATTACHED = "disk.attached"
+    GUEST_ATTACHED = "guest.attached"
+    GUEST_LOST = "guest.lost"
+    DAEMON_ONLINE = "daemon.online"
+    DAEMON_OFFLINE = "daemon.offline"
+
+
+def disk_payload(disk: Disk) -> dict[str, Any]:
+    """Return what names a disk in an event."""
+    return {"disk": disk.id, "guest": disk.guest_name, "guest_uuid": disk.guest_uuid, "target": disk.target}
+
+
+def snapshot_payload(disk: Disk, snapshot: Snapshot) -> dict[str, Any]:
+    """Return what is told of a snapshot in an event."""
+    return disk_payload(disk) | {
+        "snapshot": snapshot.id,
+        "name": snapshot.name,
+        "state": snapshot.state,
+        "kind": snapshot.kind,
+        "method": snapshot.method,
+        "reason": snapshot.reason,
+        "consistency": snapshot.consistency,
+        "group": snapshot.group,
+        "size_bytes": snapshot.size_bytes,
+        "read_bytes": snapshot.read_bytes,
+        "changed_bytes": snapshot.changed_bytes,
+        "stored_bytes": snapshot.stored_bytes,
+        "error": snapshot.error,
+    }
