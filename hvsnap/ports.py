@@ -160,7 +160,7 @@ class BlockStore(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ManifestPage:
-    """One page of a manifest: ``index uint16[n]``, and the blocks' digests ``uint8[n, 32]`` (all zero: a zero block)."""
+    """One page of a manifest: ``index uint16[n]`` and the digests of its blocks, ``uint8[n, 32]`` (zero block: zeroes)."""
 
     page: int
     index: npt.NDArray[np.uint16]

@@ -1,7 +1,7 @@
 """Bringing a guest's disk back from its overlay to the frozen image: decided purely, done step by step.
 
-The overlay and the image below it together always hold the guest's newest data, until the commit has pivoted; from then on
-the image alone does. Every step looks at the present first, so it may be interrupted and repeated at any point.
+The overlay and the image below it together always hold the guest's newest data, until the commit has pivoted; from
+then on the image alone does. Every step looks at the present first, so it may be interrupted and repeated at any point.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from hvsnap.model import DiskView, GuestUuid, GuestView
 from hvsnap.ports import Hypervisor, JobView
 
 OPEN_MARKER = "hvsnap-open"
-"""A disabled bitmap in every overlay. QEMU marks it in use while the overlay is open for writing, and clears that when it
-closes it: so a clean marker after a crash in which the pivot had been asked for shows that the pivot happened."""
+"""A disabled bitmap in every overlay. QEMU marks it in use while the overlay is open for writing, and clears that
+when it closes it: so a clean marker after a crash in which the pivot had been asked for shows that the pivot
+happened."""
 
 POLL_S_FIRST = 0.02
 POLL_S_MAX = 0.5
@@ -47,8 +48,8 @@ def next_action(
 ) -> Action:
     """Decide what is to be done about a disk's overlay.
 
-    ``exists``: the overlay's file is there; ``empty``: no guest wrote to it; ``pivoted``: the pivot was asked for, and the
-    marker in the overlay shows that it was closed in good order. Raises :class:`ForeignJob` and
+    ``exists``: the overlay's file is there; ``empty``: no guest wrote to it; ``pivoted``: the pivot was asked for,
+    and the marker in the overlay shows that it was closed in good order. Raises :class:`ForeignJob` and
     :class:`HypervisorFailed` where somebody else has changed the disk: their work is not touched.
     """
     found = attached(guest, disk.overlay)

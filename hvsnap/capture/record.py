@@ -1,7 +1,7 @@
 """Reading one frozen disk into the store, and making a capture's snapshots accomplished.
 
-The order is what the promise rests on: packs durable, manifests durable, catalog committed. A crash before the commit leaves
-garbage in the store, never a snapshot with a hole.
+The order is what the promise rests on: packs durable, manifests durable, catalog committed. A crash before the commit
+leaves garbage in the store, never a snapshot with a hole.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Ending a capture, well or badly, now or after a crash: one way for all.
 
-A capture's own last step and the recovery at start-up are the same: look at the journal's facts and at what the hypervisor
-really shows, and bring the guest back to its image, its bitmaps to what the catalog says, and the journal to an end.
+A capture's own last step and the recovery at start-up are the same: look at the journal's facts and at what the
+hypervisor really shows, and bring the guest back to its image, its bitmaps to what the catalog says, and the journal
+to an end.
 """
 
 from __future__ import annotations
