@@ -111,7 +111,7 @@ class GuestDisk(Answer):
     bus: str
     path: str = Field(description="the image that takes the guest's writes while no capture is open")
     format: str
-    size_bytes: int | None = Field(description="as of the last snapshot; null before the first")
+    size_bytes: int | None = Field(description="null if it cannot be learnt")
     system: bool
     protection: Protection
     last_snapshot: str | None = Field(description="id of the newest accomplished snapshot")
@@ -231,8 +231,8 @@ class ChainSummary(Answer):
     snapshots: int = Field(description="accomplished ones")
     limit: int = Field(description="how many snapshots the chain may hold")
     size_bytes: int
-    logical_bytes: int
-    stored_bytes: int
+    logical_bytes: int = Field(description="what all its snapshots restore to, together")
+    stored_bytes: int = Field(description="what the store holds for them; blocks shared within the chain count once")
     exclusive_bytes: int = Field(description="sum over the snapshots of what only each of them holds")
 
 

@@ -7,6 +7,7 @@ overlay as the disk's image; the journal says what lies underneath, and :func:`r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,11 @@ from hvsnap.ports import Clock, Hypervisor
 
 Overlays = Mapping[str, Layer]
 """Path of an open capture's overlay → the image underneath."""
+
+_OVERLAY_NAME = re.compile(r"\.s-[a-z2-7]{12}\.overlay$")
+"""How captures name their overlays (hvsnap.service.captures)."""
+
+LOOKS_MAX = 3
 
 NAMED_MAX = 5
 """How many of several matches an error names."""
@@ -55,6 +61,18 @@ def resolve(disk: DiskView, overlays: Overlays) -> DiskView:
 def resolve_guest(guest: GuestView, overlays: Overlays) -> GuestView:
     """Return a guest with all its disks resolved."""
     return replace(guest, disks=tuple(resolve(disk, overlays) for disk in guest.disks))
+
+
+def is_overlay(disk: DiskView) -> bool:
+    """Whether a resolved disk's image is named like the overlay of a capture: one that the journal does not know."""
+    return bool(disk.layers) and _OVERLAY_NAME.search(disk.top.path) is not None
+
+
+def _skip_overlay(disk: DiskView) -> DiskView:
+    """Never take an overlay for a disk of its own: a chain would begin with it, and end with the capture."""
+    if not is_overlay(disk) or disk.skip_reason:
+        return disk
+    return replace(disk, skip_reason="its image is the overlay of a capture that the journal does not know")
 
 
 def pick_guest(guests: Sequence[GuestView], name: str) -> GuestView:
@@ -125,10 +143,15 @@ class Inventory:
     async def guests(self) -> list[GuestView]:
         """Return all guests, their disks resolved."""
         # The journal before and after: an overlay is written down before it is made, and crossed out after it is gone.
-        before = await self.overlays()
-        guests = await self._hypervisor.guests()
-        overlays = before | await self.overlays()
-        return [resolve_guest(guest, overlays) for guest in guests]
+        # A capture that begins and ends in between shows an overlay that neither look knows: then look again.
+        for _ in range(LOOKS_MAX):
+            before = await self.overlays()
+            guests = await self._hypervisor.guests()
+            overlays = before | await self.overlays()
+            resolved = [resolve_guest(guest, overlays) for guest in guests]
+            if not any(is_overlay(disk) for guest in resolved for disk in guest.disks):
+                break
+        return [replace(guest, disks=tuple(_skip_overlay(disk) for disk in guest.disks)) for guest in resolved]
 
     async def guest(self, name: str) -> GuestView:
         """Return one guest by its name or UUID, its disks resolved."""

@@ -1,11 +1,15 @@
-"""What is asked of the service, as values: unchecked words of the user, in the form that the rules take them."""
+"""What is asked of the service, as values: unchecked words of the user, in the form that the rules take them.
+
+And what the service's parts ask of captures.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from hvsnap.model import Consistency
+from hvsnap.model import Consistency, DiskId, Progress, Snapshot, SnapshotId
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +48,31 @@ class DiskRequest:
     snapshot: str
     path: str
     format: str = "qcow2"
+
+
+class CapturesPort(Protocol):
+    """What the rest of the service asks of captures; implemented by :class:`hvsnap.service.captures.Captures`."""
+
+    async def create(self, request: SnapshotRequest) -> list[Snapshot]:
+        """Check the request, start the captures, and return their snapshots in state ``progressing``."""
+        ...
+
+    async def wait(self, ids: Sequence[SnapshotId]) -> list[Snapshot]:
+        """Return the snapshots when all of them have ended, well or badly."""
+        ...
+
+    async def cancel(self, snapshot_id: SnapshotId) -> None:
+        """Give a running capture up; its snapshot ends as failed."""
+        ...
+
+    async def settled(self, disks: Sequence[DiskId]) -> None:
+        """Return when no capture is at work on these disks any more."""
+        ...
+
+    def busy_disks(self) -> set[DiskId]:
+        """Return the disks that are being captured."""
+        ...
+
+    def progress(self, snapshot_id: SnapshotId) -> Progress | None:
+        """Return how far a running capture is."""
+        ...

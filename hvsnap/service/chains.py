@@ -1,0 +1,92 @@
+"""Chains: their nodes, and what they hold (SERVICE 3, 9.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from hvsnap import wire
+from hvsnap.catalog.catalog import Catalog
+from hvsnap.model import ChainUsage, Disk, Snapshot, State
+from hvsnap.ports import UInt64Array
+from hvsnap.service import views
+from hvsnap.service.freeing import Counts, Parents, count_references, freed_bytes, parents_of, stored_bytes
+from hvsnap.service.inventory import Inventory
+from hvsnap.service.requests import CapturesPort
+
+
+class Chains:
+    """Lists chains and shows one."""
+
+    def __init__(self, catalog: Catalog, inventory: Inventory, captures: CapturesPort, *, snapshots_max: int) -> None:
+        self._catalog = catalog
+        self._inventory = inventory
+        self._captures = captures
+        self._snapshots_max = snapshots_max
+
+    async def listing(self) -> wire.ChainList:
+        """Return all chains that have snapshots, those of released disks, too."""
+        rows = await self._catalog.snapshots()
+        parents = parents_of(rows)
+        counts = await count_references(self._catalog)
+        chains = []
+        for disk in await self._catalog.disks(include_released=True):
+            nodes = [row for row in rows if row.disk == disk.id and row.state is State.ACCOMPLISHED]
+            if nodes:
+                chains.append(self._summary(disk, await self._usage(disk, nodes, parents, counts)))
+        return wire.ChainList(chains=chains)
+
+    async def info(self, name: str) -> wire.Chain:
+        """Return one chain with its nodes, oldest first; raises :class:`DiskUnknown`, :class:`BadRequest`."""
+        disk = await self._inventory.disk(name)
+        rows = await self._catalog.snapshots()
+        nodes = [row for row in rows if row.disk == disk.id and row.state is State.ACCOMPLISHED]
+        usage = await self._usage(disk, nodes, parents_of(rows), await count_references(self._catalog))
+        summary = self._summary(disk, usage)
+        return wire.Chain(
+            **summary.model_dump(),
+            nodes=[
+                wire.ChainNode(
+                    snapshot=views.snapshot(row, disk, self._captures.progress(row.id)),
+                    exclusive_bytes=usage.exclusive_bytes[row.id],
+                    head=row.id == disk.head,
+                )
+                for row in nodes
+            ],
+        )
+
+    async def _usage(self, disk: Disk, nodes: Sequence[Snapshot], parents: Parents, counts: Counts) -> ChainUsage:
+        return ChainUsage(
+            disk=disk.id,
+            snapshots=len(nodes),
+            logical_bytes=sum(row.size_bytes for row in nodes),
+            stored_bytes=await stored_bytes(self._catalog, await self._blocks(nodes)),
+            exclusive_bytes={row.id: await freed_bytes(self._catalog, [row.id], parents, counts) for row in nodes},
+        )
+
+    async def _blocks(self, nodes: Sequence[Snapshot]) -> UInt64Array:
+        """Return the ids of the blocks that a chain refers to, each once."""
+        used = np.zeros(await self._catalog.next_block_id(), np.bool_)
+        for row in nodes:
+            async for _page, entries in self._catalog.own_pages(row.id):
+                used[entries.block] = True
+        used[0] = False
+        return np.flatnonzero(used).astype(np.uint64)
+
+    def _summary(self, disk: Disk, usage: ChainUsage) -> wire.ChainSummary:
+        return wire.ChainSummary(
+            disk=disk.id,
+            guest=disk.guest_name,
+            target=disk.target,
+            path=disk.source,
+            system=disk.system,
+            released=disk.released,
+            head=disk.head,
+            snapshots=usage.snapshots,
+            limit=self._snapshots_max,
+            size_bytes=disk.size_bytes,
+            logical_bytes=usage.logical_bytes,
+            stored_bytes=usage.stored_bytes,
+            exclusive_bytes=sum(usage.exclusive_bytes.values()),
+        )

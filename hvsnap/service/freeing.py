@@ -1,0 +1,143 @@
+"""What deleting snapshots would free, told before it is done (SERVICE 4.2, 4.3, 9.1).
+
+A node's entries move on to each child that has none of its own there; what moves to nobody is dropped, and a block to
+which no entry of any chain refers any more is free. The same rule tells what a snapshot alone holds: what deleting it
+alone would free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hvsnap.catalog import chain
+from hvsnap.catalog.catalog import Catalog
+from hvsnap.catalog.chain import Page
+from hvsnap.model import ZERO_BLOCK, Snapshot, SnapshotId, State
+from hvsnap.ports import UInt64Array
+
+Counts = npt.NDArray[np.uint32]
+"""How many entries refer to each block, by block id: ``uint32[highest id + 1]``."""
+
+LOOKUP_BLOCKS = 10_000
+"""Blocks whose sizes are asked for in one query."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deletion:
+    """Stored bytes that deleting each snapshot alone would free, and all of them together."""
+
+    alone: dict[SnapshotId, int]
+    together: int
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Block ids of entries that a deletion removes and adds, page by page; ids may occur many times."""
+
+    removed: UInt64Array
+    added: UInt64Array
+
+
+Parents = dict[SnapshotId, SnapshotId | None]
+
+
+def delete_from_page(pages: dict[SnapshotId, Page], parents: Parents, doomed: Sequence[SnapshotId]) -> Change:
+    """Return how one page's entries change when ``doomed`` are deleted one after the other.
+
+    ``pages`` holds the entries of the doomed and of their children (missing: none); it is used up, like ``parents``.
+    """
+    removed: list[UInt64Array] = []
+    added: list[UInt64Array] = []
+    for snapshot in doomed:
+        mine = pages.pop(snapshot, chain.EMPTY)
+        removed.append(mine.block)
+        above = parents.pop(snapshot)
+        for child in [name for name, parent in parents.items() if parent == snapshot]:
+            parents[child] = above
+            theirs = pages.get(child, chain.EMPTY)
+            added.append(mine.block[~np.isin(mine.index, theirs.index, assume_unique=True)])
+            pages[child] = chain.hand_over(mine, theirs)
+    return Change(np.concatenate(removed), np.concatenate([np.zeros(0, np.uint64), *added]))
+
+
+def freed_blocks(counts: Counts, changes: Iterable[Change]) -> UInt64Array:
+    """Return the ids of the blocks to which nothing refers any more after the changes."""
+    changes = list(changes)
+    removed = np.concatenate([np.zeros(0, np.uint64), *(change.removed for change in changes)])
+    added = np.concatenate([np.zeros(0, np.uint64), *(change.added for change in changes)])
+    ids, place = np.unique(np.concatenate((removed, added)), return_inverse=True)
+    less = np.bincount(place[: removed.size], minlength=ids.size)
+    more = np.bincount(place[removed.size :], minlength=ids.size)
+    free: npt.NDArray[np.bool_] = (ids != ZERO_BLOCK) & (counts[ids].astype(np.int64) - less + more == 0)
+    return ids[free].astype(np.uint64)
+
+
+async def count_references(catalog: Catalog) -> Counts:
+    """Count the entries of all chains that refer to each block."""
+    counts = np.zeros(await catalog.next_block_id(), np.uint32)
+    async for _snapshot, _page, entries in catalog.all_entries():
+        highest = int(entries.block.max(initial=0))
+        if highest >= counts.size:  # a capture has stored more meanwhile
+            counts = np.concatenate((counts, np.zeros(highest + 1 - counts.size, np.uint32)))
+        np.add.at(counts, entries.block, 1)
+    return counts
+
+
+async def stored_bytes(catalog: Catalog, ids: UInt64Array) -> int:
+    """Return what the store holds for these blocks, in bytes."""
+    total = 0
+    for start in range(0, ids.size, LOOKUP_BLOCKS):
+        places = await catalog.places(ids[start : start + LOOKUP_BLOCKS].tolist())
+        total += sum(place.length for place in places)
+    return total
+
+
+def parents_of(rows: Iterable[Snapshot]) -> Parents:
+    """Return the parents of all snapshots that hold entries: failed ones hold none, and inherit none."""
+    return {row.id: row.parent for row in rows if row.state is not State.FAILED}
+
+
+async def plan_deletion(catalog: Catalog, doomed: Sequence[SnapshotId]) -> Deletion:
+    """Return what deleting ``doomed`` would free, each alone and all together."""
+    parents = parents_of(await catalog.snapshots())
+    counts = await count_references(catalog)
+    alone = {name: await freed_bytes(catalog, [name], parents, counts) for name in doomed}
+    together = await freed_bytes(catalog, doomed, parents, counts) if len(doomed) > 1 else sum(alone.values())
+    return Deletion(alone, together)
+
+
+async def freed_bytes(catalog: Catalog, doomed: Sequence[SnapshotId], parents: Parents, counts: Counts) -> int:
+    """Return the stored bytes that deleting ``doomed`` would free."""
+    holding = [name for name in doomed if name in parents]
+    if not holding:
+        return 0
+    near = {name: parent for name, parent in parents.items() if name in holding or parent in holding}
+    changes: deque[Change] = deque()
+    async for pages in _side_by_side(catalog, list(near)):
+        if any(name in pages for name in holding):
+            changes.append(delete_from_page(pages, dict(near), holding))
+    free = await asyncio.to_thread(freed_blocks, counts, changes)
+    return await stored_bytes(catalog, free)
+
+
+async def _side_by_side(catalog: Catalog, names: Sequence[SnapshotId]) -> AsyncIterator[dict[SnapshotId, Page]]:
+    """Yield the entries of several snapshots for one page after the other: a row of pages in memory at a time."""
+    streams = {name: aiter(catalog.own_pages(name)) for name in names}
+    heads = {name: await anext(stream, None) for name, stream in streams.items()}
+    while True:
+        numbers = [head[0] for head in heads.values() if head is not None]
+        if not numbers:
+            return
+        number = min(numbers)
+        row: dict[SnapshotId, Page] = {}
+        for name, head in heads.items():
+            if head is not None and head[0] == number:
+                row[name] = head[1]
+                heads[name] = await anext(streams[name], None)
+        yield row

@@ -1,0 +1,118 @@
+"""Listing snapshots, looking at one, deleting them (SERVICE 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hvsnap import wire
+from hvsnap.catalog.catalog import Catalog
+from hvsnap.errors import Refused, SnapshotInUse, SnapshotUnknown
+from hvsnap.happenings import EventType, snapshot_payload
+from hvsnap.model import Disk, Snapshot, SnapshotId, State
+from hvsnap.service import views
+from hvsnap.service.freeing import plan_deletion
+from hvsnap.service.inventory import Inventory
+from hvsnap.service.requests import CapturesPort
+from hvsnap.service.uses import Uses
+
+LIST_MAX = 10_000
+ID_LENGTH_MAX = 64
+
+
+def check_unused(ids: Sequence[SnapshotId], progressing: Sequence[Snapshot]) -> None:
+    """Refuse a deletion that a running capture stands in the way of (SERVICE 4.6)."""
+    for snapshot in progressing:
+        if snapshot.id in ids:
+            hint = "wait for it, or end it with Ctrl-C where it was asked for"
+            raise SnapshotInUse(f"snapshot {snapshot.id} is still being made", hint=hint)
+        if snapshot.parent in ids:
+            why = f"snapshot {snapshot.parent} is the base of {snapshot.id}, which is being made"
+            raise SnapshotInUse(why, hint="try again when that one has ended")
+
+
+class Snapshots:
+    """Lists, shows and deletes snapshots."""
+
+    def __init__(self, catalog: Catalog, inventory: Inventory, captures: CapturesPort, uses: Uses) -> None:
+        self._catalog = catalog
+        self._inventory = inventory
+        self._captures = captures
+        self._uses = uses
+
+    async def listing(
+        self, *, guest: str = "", disk: str = "", state: State | None = None, limit: int = LIST_MAX
+    ) -> wire.SnapshotList:
+        """Return snapshots, newest first: all, of one guest's disks, or of one disk.
+
+        Raises :class:`GuestUnknown`, :class:`DiskUnknown`, :class:`BadRequest` for a name that means several disks.
+        """
+        disks = await self._catalog.disks(include_released=True)
+        if disk:
+            wanted = {(await self._inventory.disk(disk, guest=guest)).id}
+        elif guest:
+            wanted = {known.id for known in disks if guest in (known.guest_name, known.guest_uuid)}
+            if not wanted:
+                await self._inventory.guest(guest)  # raises unless there is such a guest, without snapshots
+        else:
+            wanted = {known.id for known in disks}
+        rows = [row for row in await self._catalog.snapshots(state=state) if row.disk in wanted]
+        rows.sort(key=lambda row: (row.created_at, row.sequence), reverse=True)
+        by_id = {known.id: known for known in disks}
+        return wire.SnapshotList(snapshots=[self._view(row, by_id[row.disk]) for row in rows[:limit]])
+
+    async def views(self, rows: Sequence[Snapshot]) -> wire.SnapshotList:
+        """Return these snapshots in their order."""
+        return wire.SnapshotList(
+            snapshots=[self._view(row, await self._catalog.disk(row.disk)) for row in rows],
+        )
+
+    async def info(self, snapshot_id: str) -> wire.Snapshot:
+        """Return one snapshot; raises :class:`SnapshotUnknown`."""
+        row = await self.row(snapshot_id)
+        return self._view(row, await self._catalog.disk(row.disk))
+
+    async def row(self, snapshot_id: str) -> Snapshot:
+        """Return one snapshot's row; raises :class:`SnapshotUnknown` with a bounded form of what was asked."""
+        if len(snapshot_id) > ID_LENGTH_MAX:
+            raise SnapshotUnknown(f"there is no snapshot {snapshot_id[:ID_LENGTH_MAX]}…")
+        return await self._catalog.snapshot(SnapshotId(snapshot_id))
+
+    async def cancel(self, snapshot_id: str) -> wire.Snapshot:
+        """Give a running capture up. Raises :class:`Refused` when it has ended already."""
+        row = await self.row(snapshot_id)
+        if row.state is not State.PROGRESSING:
+            raise Refused(f"snapshot {row.id} is {row.state} already", hint="nothing is left to cancel")
+        await self._captures.cancel(row.id)
+        return await self.info(row.id)
+
+    async def delete(self, ids: Sequence[str], *, dry_run: bool) -> wire.Deletion:
+        """Delete snapshots, all of them or none, or tell what that would free (SERVICE 4).
+
+        Raises :class:`SnapshotUnknown`, :class:`SnapshotInUse`.
+        """
+        rows = [await self.row(name) for name in dict.fromkeys(ids)]
+        wanted = [row.id for row in rows]
+        with self._uses.hold_for_deletion(wanted):
+            check_unused(wanted, await self._catalog.snapshots(state=State.PROGRESSING))
+            plan = await plan_deletion(self._catalog, wanted)
+            if not dry_run:
+                await self._delete(rows)
+        freed = [wire.Freed(id=name, freed_bytes=plan.alone[name]) for name in wanted]
+        return wire.Deletion(dry_run=dry_run, snapshots=freed, freed_bytes=plan.together)
+
+    async def _delete(self, rows: Sequence[Snapshot]) -> None:
+        wanted = [row.id for row in rows]
+        disks = {row.disk: await self._catalog.disk(row.disk) for row in rows}
+        async with self._catalog.write() as tx:
+            # Again, now that no capture can begin or end: one that began since the first look has its row by now.
+            check_unused(wanted, await self._catalog.snapshots(state=State.PROGRESSING))
+            for failed in await self._catalog.snapshots(state=State.FAILED):
+                # A failed snapshot holds nothing, and must not inherit what it would keep from being freed.
+                if failed.parent in wanted:
+                    await tx.update_snapshot(failed.id, parent=None)
+            for row in rows:
+                await tx.delete_snapshot(row.id)
+                await tx.emit(EventType.SNAPSHOT_DELETED, snapshot_payload(disks[row.disk], row))
+
+    def _view(self, row: Snapshot, disk: Disk) -> wire.Snapshot:
+        return views.snapshot(row, disk, self._captures.progress(row.id))
