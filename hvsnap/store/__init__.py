@@ -1,0 +1,1 @@
+"""The repository: content-addressed blocks in packs, one manifest per snapshot (docs/format.md)."""

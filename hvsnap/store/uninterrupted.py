@@ -1,0 +1,29 @@
+"""Awaiting work that must end before its caller is let go, even a cancelled one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+async def uninterrupted(work: Coroutine[Any, Any, T], name: str) -> T:
+    """Run ``work`` to its end and return what it returns; a cancellation is raised only then.
+
+    For work in threads that holds the caller's buffer, or half of a file: a thread cannot be cancelled, and letting go
+    of its caller would hand the buffer to somebody else while it is being read. ``name`` names the task.
+    """
+    task = asyncio.create_task(work, name=name)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        if not task.cancelled():
+            task.exception()  # seen, so that asyncio does not complain; the cancellation goes first
+        raise cancelled
+    return task.result()
