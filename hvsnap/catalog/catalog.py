@@ -6,22 +6,29 @@ listeners after the commit, never before. Implements :class:`hvsnap.ports.BlockI
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-
-import numpy as np
 
 from hvsnap.catalog import chain, rows
 from hvsnap.catalog.chain import IndexArray, Page
-from hvsnap.catalog.db import Database
+from hvsnap.catalog.db import Database, Row
 from hvsnap.catalog.transaction import Transaction
 from hvsnap.errors import Damaged, DiskUnknown, NotFound, SnapshotUnknown
 from hvsnap.model import BlockPlace, Disk, DiskId, Event, GuestUuid, Operation, OperationId, Snapshot, SnapshotId, State
 from hvsnap.ports import Clock, UInt64Array
 
 _VARIABLES_MAX = 500
+
+VIEWS_AT_ONCE = 16
+"""Pages of a view that are read and laid over each other together: a chain of 64 nodes makes that 40 MiB at most."""
+
+PAGES_AT_ONCE = 8
+"""Own pages read together; callers hold a stream for each of 64 snapshots open side by side."""
 
 _LINEAGE = """
 WITH RECURSIVE lineage (number, parent, depth) AS (
@@ -54,10 +61,18 @@ class Catalog:
         """Run one transaction; everything in it happens, or nothing."""
         async with self._db.transaction() as cursor:
             tx = Transaction(cursor, self._clock)
+            cursor.after_commit = lambda: self._announce(tx.events)
             yield tx
-        for event in tx.events:
+
+    def _announce(self, events: Iterable[Event]) -> None:
+        """Tell listeners of committed events. What fails in a listener is no failure of the transaction."""
+        for event in events:
             for listener in self.on_event:
-                listener(event)
+                try:
+                    listener(event)
+                except Exception as error:
+                    context = {"message": f"a listener failed on event {event.type}", "exception": error}
+                    asyncio.get_running_loop().call_exception_handler(context)
 
     # -- disks ------------------------------------------------------------------------------------
 
@@ -99,30 +114,57 @@ class Catalog:
     # -- views ------------------------------------------------------------------------------------
 
     async def view(self, snapshot_id: SnapshotId, page: int) -> UInt64Array:
-        """Return what a snapshot holds in one page: ``uint64[PAGE_BLOCKS]`` of block ids, 0 = zero."""
-        sql = (
-            f"{_LINEAGE} SELECT entries FROM lineage JOIN pages ON snapshot = number WHERE page = ? ORDER BY depth DESC"
-        )
+        """Return what a snapshot holds in one page: ``uint64[PAGE_BLOCKS]`` of block ids, 0 = zero.
+
+        Raises :class:`SnapshotUnknown`: a snapshot that is not there must never read as zeroes.
+        """
+        sql = f"""{_LINEAGE} SELECT entries FROM lineage LEFT JOIN pages ON snapshot = number AND page = ?
+                  ORDER BY depth DESC"""
         found = await self._db.read(sql, (snapshot_id, page))
-        return chain.lay_over(chain.decode(row[0]) for row in found)
+        if not found:
+            raise SnapshotUnknown(f"there is no snapshot {snapshot_id}")
+        return chain.lay_over(chain.decode(row[0]) for row in found if row[0] is not None)
 
     async def page_numbers(self, snapshot_id: SnapshotId) -> list[int]:
         """Return the pages that anything of a snapshot's lineage has entries in, ascending."""
-        sql = f"{_LINEAGE} SELECT DISTINCT page FROM lineage JOIN pages ON snapshot = number ORDER BY page"
-        return [row[0] for row in await self._db.read(sql, (snapshot_id,))]
+        sql = f"{_LINEAGE} SELECT DISTINCT page FROM lineage CROSS JOIN pages ON snapshot = number ORDER BY page"
+        numbers = [row[0] for row in await self._db.read(sql, (snapshot_id,))]
+        if not numbers:
+            await self.snapshot(snapshot_id)
+        return numbers
 
     async def views(self, snapshot_id: SnapshotId) -> AsyncIterator[tuple[int, UInt64Array]]:
-        """Yield ``(page, view)`` of a snapshot, ascending, a page in memory at a time."""
-        for page in await self.page_numbers(snapshot_id):
-            yield page, await self.view(snapshot_id, page)
+        """Yield ``(page, view)`` of a snapshot, ascending, a few pages in memory at a time.
+
+        The other snapshots of the chain may be deleted meanwhile: that changes no view, and each page is read by a
+        single query. Raises :class:`SnapshotUnknown` when the snapshot itself is, or is not there.
+        """
+        sql = f"""{_LINEAGE} SELECT page, entries FROM lineage CROSS JOIN pages ON snapshot = number
+                  WHERE page BETWEEN ? AND ? ORDER BY page, depth DESC"""
+        numbers = await self.page_numbers(snapshot_id)
+        for start in range(0, len(numbers), VIEWS_AT_ONCE):
+            wanted = numbers[start : start + VIEWS_AT_ONCE]
+            found = await self._db.read(sql, (snapshot_id, wanted[0], wanted[-1]))
+            views = await asyncio.to_thread(_lay_over_rows, found)
+            for page in wanted:
+                if page not in views:
+                    raise SnapshotUnknown(f"snapshot {snapshot_id} was deleted while it was being read")
+                yield page, views.pop(page)
 
     async def own_pages(self, snapshot_id: SnapshotId) -> AsyncIterator[tuple[int, Page]]:
-        """Yield ``(page, entries)`` that a snapshot itself holds, ascending, also while it is progressing."""
-        own = "JOIN snapshots s ON s.number = p.snapshot WHERE s.id = ?"
-        numbers = await self._db.read(f"SELECT page FROM pages p {own} ORDER BY page", (snapshot_id,))
-        for (number,) in numbers:
-            found = await self._db.read(f"SELECT entries FROM pages p {own} AND page = ?", (snapshot_id, number))
-            yield number, chain.decode(found[0][0])
+        """Yield ``(page, entries)`` that a snapshot itself holds, ascending, also while it is progressing.
+
+        Raises :class:`SnapshotUnknown`.
+        """
+        found = await self._db.read("SELECT number FROM snapshots WHERE id = ?", (snapshot_id,))
+        if not found:
+            raise SnapshotUnknown(f"there is no snapshot {snapshot_id}")
+        sql = "SELECT page, entries FROM pages WHERE snapshot = ? AND page > ? ORDER BY page LIMIT ?"
+        last = -1
+        while batch := await self._db.read(sql, (found[0][0], last, PAGES_AT_ONCE)):
+            last = batch[-1][0]
+            for page, entries in await asyncio.to_thread(_decode_rows, batch):
+                yield page, entries
 
     async def carry(self, disk: DiskId) -> dict[int, IndexArray]:
         """Return the blocks, by page, that the next capture must read although no bitmap names them."""
@@ -179,20 +221,20 @@ class Catalog:
         found = await self._db.read("SELECT value FROM meta WHERE key = 'block_id_max'")
         return int(found[0][0]) + 1 if found else 1
 
-    # -- bytes ------------------------------------------------------------------------------------
-
-    async def stored_lengths(self) -> tuple[UInt64Array, UInt64Array]:
-        """Return all block ids (ascending) and their stored bytes, both ``uint64[blocks]``."""
-        found = await self._db.read("SELECT id, length FROM blocks ORDER BY id")
-        table = np.array(found, np.uint64).reshape(-1, 2)
-        return table[:, 0], table[:, 1]
+    # -- references -------------------------------------------------------------------------------
 
     async def all_entries(self) -> AsyncIterator[tuple[SnapshotId, int, Page]]:
-        """Yield every page of every snapshot: ``(snapshot, page, entries)``."""
-        snapshots = await self._db.read("SELECT id, number FROM snapshots ORDER BY number")
-        for snapshot_id, _number in snapshots:
-            async for page, entries in self.own_pages(SnapshotId(snapshot_id)):
-                yield SnapshotId(snapshot_id), page, entries
+        """Yield every page of every snapshot, ``(snapshot, page, entries)``, all of one and the same moment."""
+        sql = """SELECT snapshot, page, entries FROM pages WHERE (snapshot, page) > (?, ?)
+                 ORDER BY snapshot, page LIMIT ?"""
+        async with self._db.scan() as reader:
+            ids = {number: SnapshotId(name) for number, name in await reader.read("SELECT number, id FROM snapshots")}
+            last = (0, -1)
+            while batch := await reader.read(sql, (*last, VIEWS_AT_ONCE)):
+                last = (batch[-1][0], batch[-1][1])
+                pages = await asyncio.to_thread(_decode_rows, [row[1:] for row in batch])
+                for row, (page, entries) in zip(batch, pages, strict=True):
+                    yield ids[row[0]], page, entries
 
     # -- journal and events -----------------------------------------------------------------------
 
@@ -218,3 +260,15 @@ class Catalog:
         """Return the oldest events that have not been published over MQTT."""
         sql = f"SELECT {rows.EVENT_COLUMNS} FROM events WHERE NOT published ORDER BY sequence LIMIT ?"
         return [rows.event(row) for row in await self._db.read(sql, (limit,))]
+
+
+def _decode_rows(found: list[Row]) -> list[tuple[int, Page]]:
+    return [(page, chain.decode(entries)) for page, entries in found]
+
+
+def _lay_over_rows(found: list[Row]) -> dict[int, UInt64Array]:
+    """Return the views of rows ``(page, entries)`` that come page by page, oldest first."""
+    return {
+        page: chain.lay_over(chain.decode(entries) for _page, entries in group)
+        for page, group in groupby(found, key=itemgetter(0))
+    }

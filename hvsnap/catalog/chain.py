@@ -2,11 +2,13 @@
 
 A page covers :data:`~hvsnap.model.PAGE_BLOCKS` blocks of a disk. A snapshot holds, for each page, only the entries
 that differ from its parent; a *view* is the dense page that results from laying a lineage's entries over each other,
-oldest first. Block id 0 reads as zeroes.
+oldest first. Block id 0 reads as zeroes, and so does a block that no entry of the lineage names.
 """
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,11 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from hvsnap.errors import CatalogFailed
-from hvsnap.model import PAGE_BLOCKS
+from hvsnap.model import PAGE_BLOCKS, ZERO_BLOCK
 from hvsnap.ports import UInt64Array
 
 IndexArray = npt.NDArray[np.uint16]
-_ENTRY_BYTES = 2 + 8
+
+# form, CRC-32 of what follows. SQLite has no checksums of its own, and a flipped bit in a block id would name
+# another block whose digest is perfectly right.
+_HEAD = struct.Struct("<BI")
+_RUNS = 1  # (start u16, length - 1 u16, first id) instead of (index u16, id)
+_WIDE = 2  # ids are u64 instead of u32
+_BLOCK_MAX = 2**63 - 1  # SQLite's integers are signed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,21 +44,108 @@ class Page:
 EMPTY = Page(np.zeros(0, np.uint16), np.zeros(0, np.uint64))
 
 
+# -- as bytes -------------------------------------------------------------------------------------
+
+
 def encode(page: Page) -> bytes:
-    """Return a page as bytes: all indexes (u16), then all block ids (u64), little-endian."""
-    return page.index.astype("<u2").tobytes() + page.block.astype("<u8").tobytes()
+    """Return a page as bytes, in the shorter of two forms; little-endian, columns one after the other.
+
+    Runs (8 or 12 bytes each) are what a first snapshot is made of: blocks that were stored one after the other, or
+    zeroes. Entries (6 or 10 bytes each) are for scattered changes. Raises :class:`ValueError` for a page that
+    :func:`decode` would refuse.
+    """
+    wrong = _wrong(page)
+    if wrong:
+        raise ValueError(f"not a block-map page: {wrong}")
+    starts = np.flatnonzero(_run_starts(page))
+    wide = bool(page.block.size) and int(page.block.max()) > 0xFFFF_FFFF
+    id_bytes = 8 if wide else 4
+    runs = starts.size * (4 + id_bytes) < page.index.size * (2 + id_bytes)
+    if runs:
+        lengths = np.diff(starts, append=page.index.size)
+        columns = page.index[starts].astype("<u2").tobytes() + (lengths - 1).astype("<u2").tobytes()
+        ids = page.block[starts]
+    else:
+        columns = page.index.astype("<u2").tobytes()
+        ids = page.block
+    form = (_RUNS if runs else 0) | (_WIDE if wide else 0)
+    body = columns + ids.astype("<u8" if wide else "<u4").tobytes()
+    return _HEAD.pack(form, zlib.crc32(body, form)) + body
 
 
 def decode(blob: bytes) -> Page:
     """Return the page of :func:`encode`; anything else is :class:`CatalogFailed`."""
-    count, rest = divmod(len(blob), _ENTRY_BYTES)
-    if rest or count > PAGE_BLOCKS:
-        raise CatalogFailed(f"a block-map page has {len(blob)} bytes", hint="the catalog is damaged")
-    index = np.frombuffer(blob, "<u2", count).astype(np.uint16)
-    block = np.frombuffer(blob, "<u8", count, offset=2 * count).astype(np.uint64)
-    if count and (int(index[-1]) >= PAGE_BLOCKS or (np.diff(index.astype(np.int32)) <= 0).any()):
-        raise CatalogFailed("a block-map page's entries are out of order", hint="the catalog is damaged")
-    return Page(index, block)
+    if len(blob) < _HEAD.size:
+        raise _damaged(f"it has {len(blob)} bytes")
+    form, checksum = _HEAD.unpack_from(blob)
+    body = memoryview(blob)[_HEAD.size :]
+    if zlib.crc32(body, form) != checksum:
+        raise _damaged("its checksum is wrong")
+    id_type = np.dtype("<u8" if form & _WIDE else "<u4")
+    entry_bytes = (4 if form & _RUNS else 2) + id_type.itemsize
+    count, rest = divmod(len(body), entry_bytes)
+    if form & ~(_RUNS | _WIDE) or rest or count > PAGE_BLOCKS:
+        raise _damaged(f"form {form} with {len(body)} bytes")
+    index = np.frombuffer(body, "<u2", count).astype(np.uint16)
+    block = np.frombuffer(body, id_type, count, offset=len(body) - count * id_type.itemsize).astype(np.uint64)
+    if form & _RUNS:
+        lengths = np.frombuffer(body, "<u2", count, offset=2 * count).astype(np.int64) + 1
+        index, block = _unroll(index, lengths, block)
+    page = Page(index, block)
+    wrong = _wrong(page)
+    if wrong:
+        raise _damaged(wrong)
+    return page
+
+
+def encode_indexes(index: IndexArray) -> bytes:
+    """Return a set of indexes (``uint16[n]``, ascending) as bytes."""
+    return encode(Page(index, np.zeros(index.size, np.uint64)))
+
+
+def decode_indexes(blob: bytes) -> IndexArray:
+    """Return the indexes of :func:`encode_indexes`; anything else is :class:`CatalogFailed`."""
+    return decode(blob).index
+
+
+def _run_starts(page: Page) -> npt.NDArray[np.bool_]:
+    """Return where a run begins: a run goes on with the next index, and either the next id or another zero."""
+    starts = np.ones(page.index.size, np.bool_)
+    before, after = page.block[:-1], page.block[1:]
+    next_index = np.diff(page.index.astype(np.int32)) == 1
+    next_block = np.where(before == ZERO_BLOCK, after == ZERO_BLOCK, after == before + np.uint64(1))
+    starts[1:] = ~(next_index & next_block)
+    return starts
+
+
+def _unroll(start: IndexArray, lengths: npt.NDArray[np.int64], first: UInt64Array) -> tuple[IndexArray, UInt64Array]:
+    """Return the entries of runs; raises :class:`CatalogFailed` when they do not fit into a page."""
+    total = int(lengths.sum())
+    if total > PAGE_BLOCKS or (start + lengths > PAGE_BLOCKS).any():
+        raise _damaged("its runs are longer than a page")
+    offset = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    index = (np.repeat(start, lengths) + offset).astype(np.uint16)
+    block = np.repeat(first, lengths)
+    return index, np.where(block == ZERO_BLOCK, block, block + offset.astype(np.uint64))
+
+
+def _wrong(page: Page) -> str:
+    """Return what makes a page invalid, or nothing."""
+    index, block = page.index, page.block
+    if index.dtype != np.uint16 or block.dtype != np.uint64 or index.ndim != 1 or index.shape != block.shape:
+        return "index must be uint16[n] and block uint64[n]"
+    if not index.size:
+        return ""
+    if int(index[-1]) >= PAGE_BLOCKS or (index[1:] <= index[:-1]).any():
+        return "its indexes are out of order or out of the page"
+    return "a block id is out of range" if int(block.max()) > _BLOCK_MAX else ""
+
+
+def _damaged(what: str) -> CatalogFailed:
+    return CatalogFailed(f"a block-map page is damaged: {what}", hint="`hvsnap store-rebuild` makes a new catalog")
+
+
+# -- laid over each other -------------------------------------------------------------------------
 
 
 def blank() -> UInt64Array:
@@ -77,9 +172,18 @@ def difference(one: UInt64Array, other: UInt64Array) -> IndexArray:
     return np.flatnonzero(one != other).astype(np.uint16)
 
 
+def members(page: Page) -> npt.NDArray[np.bool_]:
+    """Return which indexes a page has entries for, ``bool[PAGE_BLOCKS]``."""
+    mask = np.zeros(PAGE_BLOCKS, np.bool_)
+    mask[page.index] = True
+    return mask
+
+
 def hand_over(deleted: Page, child: Page) -> Page:
     """Return the child's entries after its parent was deleted: its own win, the parent's others move to it."""
-    moving = ~np.isin(deleted.index, child.index, assume_unique=True)
+    moving = ~members(child)[deleted.index]
+    if not moving.any():
+        return child
     index = np.concatenate((child.index, deleted.index[moving]))
     block = np.concatenate((child.block, deleted.block[moving]))
     order = np.argsort(index)
@@ -87,15 +191,10 @@ def hand_over(deleted: Page, child: Page) -> Page:
 
 
 def join_indexes(one: IndexArray, other: IndexArray) -> IndexArray:
-    """Return the union of two sets of indexes, ascending."""
+    """Return the union of two sets of indexes, ascending.
+
+    When the snapshot that a disk's present state continues from is deleted, the disk continues from its parent: the
+    disk then differs from its head in what the bitmap names *and* in what the deleted snapshot had changed.
+    These indexes are carried, joined over successive deletions, until a capture has read them.
+    """
     return np.union1d(one, other).astype(np.uint16)
-
-
-def encode_indexes(index: IndexArray) -> bytes:
-    """Return indexes as bytes (u16, little-endian)."""
-    return index.astype("<u2").tobytes()
-
-
-def decode_indexes(blob: bytes) -> IndexArray:
-    """Return the indexes of :func:`encode_indexes`."""
-    return np.frombuffer(blob, "<u2").astype(np.uint16)

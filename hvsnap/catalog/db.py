@@ -1,70 +1,130 @@
-"""The catalog's file: opening, migrating, one writer, readers that see only what is committed.
+"""The catalog's file: one writer, readers that see only what is committed, nothing half.
 
 Two connections: the writer's, whose transactions are serialised, and the readers'. A reader on the writer's own
-connection would see rows that may yet be rolled back, and deduplication must never refer to those.
+connection would see rows that may yet be rolled back, and deduplication must never refer to those. Long scans have
+a connection each (:meth:`Database.scan`): one consistent state, and nobody waits behind them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import sqlite3
-from collections.abc import AsyncIterator, Iterable
-from importlib import resources
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiosqlite
 
-from hvsnap.errors import CatalogFailed, NoSpace, StoreBusy
+from hvsnap.catalog.lock import StateLock
+from hvsnap.catalog.migrations import migrate
+from hvsnap.errors import CatalogFailed, NoSpace
 
-VERSION = 1
 BUSY_TIMEOUT_MS = 10_000
-
-_PRAGMAS = (
-    "PRAGMA foreign_keys = ON",
-    f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}",
-    # FULL: a commit is on the disk when it returns, which every promise of the journal rests on.
-    "PRAGMA synchronous = FULL",
-)
+CACHE_KIB = 32 * 1024
+WAL_PAGES = 8192
+"""Pages (4 KiB) after which the log is written back: index pages that several packs touch are written once."""
 
 Row = tuple[Any, ...]
+T = TypeVar("T")
 
 
-def _failure(error: sqlite3.Error, path: Path) -> CatalogFailed | NoSpace:
-    text = str(error)
-    if "full" in text:
-        return NoSpace(f"the catalog {path} cannot grow: {text}")
-    hint = "check the file system and the permissions of state_dir; the file was left as it is"
-    return CatalogFailed(f"the catalog {path} failed: {text}", hint=hint)
+def failure(error: sqlite3.Error, path: Path) -> CatalogFailed | NoSpace:
+    """Return what SQLite's error means to a user."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and _is_full(path)):
+        return NoSpace(f"the catalog {path} cannot grow: {error}")
+    hints = {
+        sqlite3.SQLITE_BUSY: "another program has it open (sqlite3?); close that and try again",
+        sqlite3.SQLITE_CORRUPT: "the file was left as it is; `hvsnap store-rebuild` makes a new one from the store",
+        sqlite3.SQLITE_NOTADB: "the file was left as it is; `hvsnap store-rebuild` makes a new one from the store",
+        sqlite3.SQLITE_CONSTRAINT: "nothing was changed; please report this",
+    }
+    default = "check the file system and the permissions of state_dir; the file was left as it is"
+    return CatalogFailed(f"the catalog {path} failed: {error}", hint=hints.get(code, default))
 
 
-class StateLock:
-    """The state directory belongs to one process: a lock that the kernel drops when its holder dies."""
+def _is_full(path: Path) -> bool:
+    """Whether the device has no space left: SQLite reports some full devices as I/O errors (its shared memory)."""
+    try:
+        return os.statvfs(path.parent).f_bavail == 0
+    except OSError:
+        return False
 
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / "lock"
-        self._fd = -1
 
-    def acquire(self) -> None:
-        """Take the lock; raises :class:`StoreBusy` when another process holds it."""
-        self._path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+async def settled(operation: Coroutine[Any, Any, T]) -> T:
+    """Wait for an operation to its end, whatever happens to the caller; a cancellation is delivered then."""
+    task = asyncio.ensure_future(operation)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(fd)
-            hint = "another hvsnap daemon or `hvsnap recover` is running with this state_dir"
-            raise StoreBusy(f"{self._path.parent} is in use by another process", hint=hint) from error
-        self._fd = fd
+            await asyncio.wait((task,))
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled from task.exception()
+    return task.result()
 
-    def release(self) -> None:
-        """Drop the lock."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+
+class Reader:
+    """Queries on one connection."""
+
+    def __init__(self, connection: aiosqlite.Connection, path: Path) -> None:
+        self._connection = connection
+        self._path = path
+
+    async def read(self, sql: str, parameters: Iterable[Any] = ()) -> list[Row]:
+        """Return all rows of a query. (All at once: an open query would pin an old state for those that follow.)"""
+        try:
+            return list(await self._connection.execute_fetchall(sql, parameters))  # type: ignore[arg-type]
+        except sqlite3.Error as error:
+            raise failure(error, self._path) from error
+
+
+class Cursor(Reader):
+    """Statements of one transaction, on the writer's connection; its queries see its own changes.
+
+    ``after_commit`` is called once the transaction is committed, and only then.
+    """
+
+    def __init__(self, connection: aiosqlite.Connection, path: Path) -> None:
+        super().__init__(connection, path)
+        self.after_commit: Callable[[], None] = lambda: None
+        self.over = False
+
+    async def read(self, sql: str, parameters: Iterable[Any] = ()) -> list[Row]:
+        """Return all rows of a query, seeing the transaction's own changes."""
+        self._check()
+        return await super().read(sql, parameters)
+
+    async def execute(self, sql: str, parameters: Iterable[Any] = ()) -> int:
+        """Run one statement and return how many rows it changed."""
+        return (await self._run(self._connection.execute, sql, parameters)).rowcount
+
+    async def insert(self, sql: str, parameters: Iterable[Any]) -> int:
+        """Run one INSERT and return its row id."""
+        return int((await self._run(self._connection.execute, sql, parameters)).lastrowid or 0)
+
+    async def many(self, sql: str, rows: Iterable[Iterable[Any]]) -> None:
+        """Run one statement for each row."""
+        await self._run(self._connection.executemany, sql, rows)
+
+    async def _run(self, run: Callable[..., Any], sql: str, parameters: Iterable[Any]) -> aiosqlite.Cursor:
+        self._check()
+        try:
+            cursor: aiosqlite.Cursor = await run(sql, parameters)
+        except sqlite3.Error as error:
+            raise failure(error, self._path) from error
+        return cursor
+
+    def _check(self) -> None:
+        """Refuse statements that would be committed one by one."""
+        if self.over:
+            raise RuntimeError("this transaction is over")
+        if not self._connection.in_transaction:
+            # A full device, for one, makes SQLite roll back by itself; whoever caught that error must not go on.
+            raise CatalogFailed("the transaction was rolled back by an earlier error", hint="nothing was changed")
 
 
 class Database:
@@ -74,126 +134,135 @@ class Database:
         self.path = path
         self._lock = lock
         self._writer = writer
-        self._reader = reader
+        self._reader_connection = reader
+        self._reader = Reader(reader, path)
         self._turn = asyncio.Lock()
+        self._holder: asyncio.Task[Any] | None = None
 
     @classmethod
     async def open(cls, directory: Path) -> Database:
-        """Open (or create) ``catalog.db`` in ``directory`` and migrate it.
+        """Open (or create) ``catalog.db`` in ``directory``, and migrate it.
 
-        Raises :class:`CatalogFailed` for a file that is damaged, read-only or of a newer version, and
-        :class:`StoreBusy` when another process has it.
+        Raises :class:`CatalogFailed` for a file that is damaged, read-only, locked or of a newer version,
+        :class:`NoSpace`, and :class:`StoreBusy` when another process has the directory.
         """
         path = directory / "catalog.db"
         lock = StateLock(directory)
-        try:
-            await asyncio.to_thread(lock.acquire)
-        except OSError as error:
-            hint = "check state_dir in the configuration and its permissions"
-            raise CatalogFailed(
-                f"the state directory {directory} is not usable: {error.strerror}", hint=hint
-            ) from error
-        opened: list[aiosqlite.Connection] = []
-        try:
-            for _ in range(2):
-                connection = await aiosqlite.connect(path, isolation_level=None)
-                opened.append(connection)
-                for pragma in _PRAGMAS:
-                    await connection.execute(pragma)
-                if len(opened) == 1:
-                    await _migrate(connection, path)
-            await opened[1].execute("PRAGMA query_only = ON")
-        except BaseException as error:
-            for connection in opened:
-                await connection.close()
-            lock.release()
-            if isinstance(error, sqlite3.Error):
-                raise _failure(error, path) from error
-            raise
-        return cls(path, lock, opened[0], opened[1])
+        async with contextlib.AsyncExitStack() as undo:
+            undo.callback(lock.release)
+            await settled(asyncio.to_thread(lock.acquire))
+            try:
+                writer = await _connect(path)
+                undo.push_async_callback(writer.close)
+                await migrate(writer, path)
+                await _begin_session(writer, path)
+                reader = await _connect(path, read_only=True)
+            except sqlite3.Error as error:
+                raise failure(error, path) from error
+            undo.pop_all()
+        return cls(path, lock, writer, reader)
 
     async def close(self) -> None:
         """Close the file; a transaction under way ends first."""
         async with self._turn:
-            await self._reader.close()
-            await self._writer.close()
-        self._lock.release()
+            try:
+                # Only saves the next start a check: if it cannot be written (a full device), there will be one.
+                with contextlib.suppress(sqlite3.Error):
+                    await self._writer.execute("INSERT OR REPLACE INTO meta VALUES ('closed', '1')")
+                await self._reader_connection.close()
+                await self._writer.close()
+            finally:
+                self._lock.release()
 
     async def read(self, sql: str, parameters: Iterable[Any] = ()) -> list[Row]:
         """Return all rows of a query, seeing committed rows only."""
+        return await self._reader.read(sql, parameters)
+
+    @contextlib.asynccontextmanager
+    async def scan(self) -> AsyncIterator[Reader]:
+        """Give a reader of its own that sees one and the same committed state until it is left."""
         try:
-            return [tuple(row) for row in await self._reader.execute_fetchall(sql, parameters)]
+            connection = await _connect(self.path, read_only=True)
+            try:
+                await connection.execute("BEGIN")
+                yield Reader(connection, self.path)
+            finally:
+                await settled(connection.close())
         except sqlite3.Error as error:
-            raise _failure(error, self.path) from error
+            raise failure(error, self.path) from error
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[Cursor]:
-        """Run one write transaction: committed at the end, rolled back on any error or cancellation."""
+        """Run one write transaction: committed at the end, rolled back on any error or cancellation.
+
+        A cancellation that comes while it is being committed is delivered after that, and does not undo it.
+        """
+        if self._holder is asyncio.current_task():
+            raise RuntimeError("a transaction within a transaction: use the one that is open")
         async with self._turn:
+            self._holder = asyncio.current_task()
             cursor = Cursor(self._writer, self.path)
-            await cursor.execute("BEGIN IMMEDIATE")
             try:
+                await settled(self._begin())
                 yield cursor
-            except BaseException:
-                await asyncio.shield(self._writer.rollback())
+                await settled(self._commit(cursor))
+            except BaseException as error:
+                await self._roll_back(error)
                 raise
-            # A commit that has begun is waited for, whatever happens to the caller: it may have taken effect.
-            try:
-                await asyncio.shield(asyncio.ensure_future(cursor.execute("COMMIT")))
-            except (CatalogFailed, NoSpace):
-                await asyncio.shield(self._writer.rollback())
-                raise
+            finally:
+                cursor.over = True
+                self._holder = None
 
-
-class Cursor:
-    """Statements of one transaction, on the writer's connection."""
-
-    def __init__(self, connection: aiosqlite.Connection, path: Path) -> None:
-        self._connection = connection
-        self._path = path
-
-    async def execute(self, sql: str, parameters: Iterable[Any] = ()) -> int:
-        """Run one statement and return how many rows it changed."""
+    async def _begin(self) -> None:
         try:
-            cursor = await self._connection.execute(sql, parameters)
-            return cursor.rowcount
+            await self._writer.execute("BEGIN IMMEDIATE")
         except sqlite3.Error as error:
-            raise _failure(error, self._path) from error
+            raise failure(error, self.path) from error
 
-    async def insert(self, sql: str, parameters: Iterable[Any]) -> int:
-        """Run one INSERT and return its row id."""
+    async def _commit(self, cursor: Cursor) -> None:
+        await cursor.execute("COMMIT")
+        cursor.after_commit()
+
+    async def _roll_back(self, cause: BaseException) -> None:
+        """Undo what is open, if anything is (after a commit, or an error that rolled back by itself, nothing is)."""
         try:
-            cursor = await self._connection.execute(sql, parameters)
-            return int(cursor.lastrowid or 0)
+            await settled(self._writer.rollback())
         except sqlite3.Error as error:
-            raise _failure(error, self._path) from error
-
-    async def many(self, sql: str, rows: Iterable[Iterable[Any]]) -> None:
-        """Run one statement for each row."""
-        try:
-            await self._connection.executemany(sql, rows)
-        except sqlite3.Error as error:
-            raise _failure(error, self._path) from error
-
-    async def read(self, sql: str, parameters: Iterable[Any] = ()) -> list[Row]:
-        """Return all rows of a query, seeing the transaction's own changes."""
-        try:
-            return [tuple(row) for row in await self._connection.execute_fetchall(sql, parameters)]
-        except sqlite3.Error as error:
-            raise _failure(error, self._path) from error
+            # The next transaction cannot begin then, and says so.
+            cause.add_note(f"and the catalog could not be rolled back: {error}")
 
 
-async def _migrate(connection: aiosqlite.Connection, path: Path) -> None:
-    """Bring the file to :data:`VERSION` in one transaction, or refuse it."""
-    await connection.execute("PRAGMA journal_mode = WAL")
-    rows = list(await connection.execute_fetchall("PRAGMA user_version"))
-    version = int(rows[0][0])
-    if version > VERSION:
-        hint = "use that version of hvsnap; nothing was changed"
-        raise CatalogFailed(
-            f"the catalog {path} is from a newer hvsnap (version {version}, known: {VERSION})", hint=hint
-        )
-    if version == VERSION:
-        return
-    schema = resources.files("hvsnap.catalog").joinpath("schema.sql").read_text()
-    await connection.executescript(f"BEGIN IMMEDIATE;\n{schema}\nPRAGMA user_version = {VERSION};\nCOMMIT;")
+async def _connect(path: Path, *, read_only: bool = False) -> aiosqlite.Connection:
+    """Open a connection with our settings."""
+    connection = await aiosqlite.connect(path, isolation_level=None)
+    pragmas = [
+        f"busy_timeout = {BUSY_TIMEOUT_MS}",
+        "foreign_keys = ON",
+        # FULL: a commit is on the disk when it returns, which every promise of the journal rests on.
+        "synchronous = FULL",
+        f"cache_size = -{CACHE_KIB}",
+        f"wal_autocheckpoint = {WAL_PAGES}",
+        # Debian compiles it on; overwriting deleted rows with zeroes doubles the cost of a deletion.
+        "secure_delete = OFF",
+        f"query_only = {'ON' if read_only else 'OFF'}",
+    ]
+    try:
+        for pragma in pragmas:
+            await connection.execute_fetchall(f"PRAGMA {pragma}")
+    except BaseException:
+        await settled(connection.close())
+        raise
+    return connection
+
+
+async def _begin_session(connection: aiosqlite.Connection, path: Path) -> None:
+    """Prove that the file can be written, and check it unless its last user closed it."""
+    fresh = not list(await connection.execute_fetchall("SELECT 1 FROM meta LIMIT 1"))
+    closed = (await connection.execute("DELETE FROM meta WHERE key = 'closed'")).rowcount
+    if fresh:
+        await connection.execute("INSERT INTO meta VALUES ('opened', '1')")
+    elif not closed:
+        found = [str(row[0]) for row in await connection.execute_fetchall("PRAGMA quick_check(1)")]
+        if found != ["ok"]:
+            hint = "the file was left as it is; `hvsnap store-rebuild` makes a new one from the store"
+            raise CatalogFailed(f"the catalog {path} is damaged: {found[0]}", hint=hint)

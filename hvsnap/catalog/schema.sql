@@ -1,5 +1,5 @@
 -- Version 1 of the catalog. Times are seconds since the epoch (UTC), sizes are bytes.
--- Every change of this file is a new migration in db.py; a released version is never edited.
+-- Every change after a release is a new script in migrations.py; a released version is never edited.
 
 CREATE TABLE disks (
     id          TEXT PRIMARY KEY,
@@ -16,7 +16,9 @@ CREATE TABLE disks (
     head        TEXT REFERENCES snapshots (id),
     bitmap      TEXT
 ) STRICT;
-CREATE INDEX disks_by_guest ON disks (guest_uuid);
+-- What makes a disk the same disk: its guest, its serial (its target if it has none) and its image.
+CREATE UNIQUE INDEX disks_identity
+    ON disks (guest_uuid, iif(serial <> '', 'serial ' || serial, 'target ' || target), source) WHERE NOT released;
 
 CREATE TABLE snapshots (
     number          INTEGER PRIMARY KEY AUTOINCREMENT,   -- what pages refer to: small, and never used twice
@@ -60,7 +62,7 @@ CREATE TABLE blocks (
     flags  INTEGER NOT NULL
 ) STRICT;
 
--- Entries of a snapshot that differ from its parent: chain.encode().
+-- Entries of a snapshot that differ from its parent: chain.encode(). A failed snapshot has none.
 CREATE TABLE pages (
     snapshot INTEGER NOT NULL REFERENCES snapshots (number),
     page     INTEGER NOT NULL,

@@ -6,12 +6,15 @@ import json
 import uuid
 from typing import Any
 
-from hvsnap.catalog import chain, rows
-from hvsnap.catalog.chain import IndexArray, Page
+from hvsnap.catalog import chain, deletion, rows
+from hvsnap.catalog.chain import Page
 from hvsnap.catalog.db import Cursor
-from hvsnap.errors import SnapshotInUse, SnapshotUnknown
-from hvsnap.model import Disk, DiskId, Event, GuestUuid, Operation, OperationId, Snapshot, SnapshotId, State, new_id
+from hvsnap.errors import DiskUnknown, NotFound, SnapshotUnknown
+from hvsnap.model import Disk, DiskId, Event, GuestUuid, Operation, OperationId, Snapshot, SnapshotId, new_id
 from hvsnap.ports import Clock
+
+OUTBOX_EVENTS_MAX = 10_000
+"""Events that wait for the broker at most: some days of a busy host, a few MiB."""
 
 
 class Transaction:
@@ -29,17 +32,17 @@ class Transaction:
         await self._insert("disks", rows.DISK_FIELDS, disk)
 
     async def update_disk(self, disk_id: DiskId, **changes: Any) -> None:
-        """Change fields of a disk."""
+        """Change fields of a disk; raises :class:`DiskUnknown`."""
         await self._update("disks", rows.DISK_FIELDS, disk_id, changes)
 
     # -- snapshots --------------------------------------------------------------------------------
 
     async def add_snapshot(self, snapshot: Snapshot) -> None:
-        """Add a snapshot."""
+        """Add a snapshot, whose sequence number is :meth:`next_sequence`'s."""
         await self._insert("snapshots", rows.SNAPSHOT_FIELDS, snapshot)
 
     async def update_snapshot(self, snapshot_id: SnapshotId, **changes: Any) -> None:
-        """Change fields of a snapshot."""
+        """Change fields of a snapshot; raises :class:`SnapshotUnknown`."""
         await self._update("snapshots", rows.SNAPSHOT_FIELDS, snapshot_id, changes)
 
     async def next_sequence(self, disk: DiskId) -> int:
@@ -53,7 +56,8 @@ class Transaction:
     async def put_page(self, snapshot_id: SnapshotId, page: int, entries: Page) -> None:
         """Write a snapshot's entries of one page, in place of those it had."""
         number = await self._number(snapshot_id)
-        await self._put_page(number, page, entries)
+        sql = "INSERT OR REPLACE INTO pages (snapshot, page, entries) VALUES (?, ?, ?)"
+        await self._cursor.execute(sql, (number, page, chain.encode(entries)))
 
     async def drop_pages(self, snapshot_id: SnapshotId) -> None:
         """Remove all entries of a snapshot that failed."""
@@ -64,40 +68,9 @@ class Transaction:
 
         Its entries move to each child that has none of its own there. Where a disk's present state continues from
         it, the disk continues from the parent instead, and what the snapshot had changed is carried over to
-        the next capture. Raises :class:`SnapshotInUse` while it is being made.
+        the next capture. Raises :class:`SnapshotInUse` while it, or a snapshot that builds on it, is being made.
         """
-        snapshot = await self._snapshot(snapshot_id)
-        if snapshot.state is State.PROGRESSING:
-            raise SnapshotInUse(f"snapshot {snapshot_id} is still being made", hint="wait for it, or cancel it")
-        number = await self._number(snapshot_id)
-        children = await self._cursor.read("SELECT state, number FROM snapshots WHERE parent = ?", (snapshot_id,))
-        if any(state == State.PROGRESSING for state, _number in children):
-            hint = "wait for that snapshot, or cancel it"
-            raise SnapshotInUse(f"snapshot {snapshot_id} is what a snapshot being made builds on", hint=hint)
-        disks = await self._cursor.read("SELECT id FROM disks WHERE head = ?", (snapshot_id,))
-        for (page,) in await self._cursor.read("SELECT page FROM pages WHERE snapshot = ?", (number,)):
-            entries = await self._page(number, page)
-            for _state, child_number in children:
-                mine = await self._page(child_number, page)
-                await self._put_page(child_number, page, chain.hand_over(entries, mine))
-            for (disk,) in disks:
-                await self.add_carry(DiskId(disk), page, entries.index)
-        await self._cursor.execute("UPDATE snapshots SET parent = ? WHERE parent = ?", (snapshot.parent, snapshot_id))
-        for (disk,) in disks:
-            # Without a parent there is nothing to compare with: the next snapshot is a full one, whatever the
-            # bitmap says. Its name is kept all the same, so that the next capture removes it from the image.
-            await self.update_disk(DiskId(disk), head=snapshot.parent)
-            if snapshot.parent is None:
-                await self.clear_carry(DiskId(disk))
-        await self._cursor.execute("DELETE FROM pages WHERE snapshot = ?", (number,))
-        await self._cursor.execute("DELETE FROM snapshots WHERE id = ?", (snapshot_id,))
-
-    async def add_carry(self, disk: DiskId, page: int, index: IndexArray) -> None:
-        """Add blocks that the next capture of a disk must read."""
-        found = await self._cursor.read("SELECT indexes FROM carry WHERE disk = ? AND page = ?", (disk, page))
-        joined = chain.join_indexes(chain.decode_indexes(found[0][0]), index) if found else index
-        sql = "INSERT OR REPLACE INTO carry (disk, page, indexes) VALUES (?, ?, ?)"
-        await self._cursor.execute(sql, (disk, page, chain.encode_indexes(joined)))
+        await deletion.delete(self._cursor, snapshot_id)
 
     async def clear_carry(self, disk: DiskId) -> None:
         """Forget them: a capture has read them, or the disk was rolled back."""
@@ -114,9 +87,16 @@ class Transaction:
         return operation
 
     async def step(self, operation: OperationId, step: str, **facts: Any) -> None:
-        """Write down what will be done next, and facts to add to those known."""
-        sql = "UPDATE operations SET step = ?, facts = json_patch(facts, ?) WHERE id = ?"
-        await self._cursor.execute(sql, (step, json.dumps(facts), operation))
+        """Write down what will be done next, and facts in place of those known by the same names.
+
+        Raises :class:`NotFound` for an operation that is not open.
+        """
+        found = await self._cursor.read("SELECT facts FROM operations WHERE id = ?", (operation,))
+        if not found:
+            raise NotFound(f"there is no open operation {operation}")
+        merged = json.loads(found[0][0]) | facts
+        sql = "UPDATE operations SET step = ?, facts = ? WHERE id = ?"
+        await self._cursor.execute(sql, (step, json.dumps(merged), operation))
 
     async def close_operation(self, operation: OperationId) -> None:
         """End an operation: nothing of it is left open."""
@@ -138,10 +118,21 @@ class Transaction:
         sql = "UPDATE events SET published = 1 WHERE NOT published AND sequence <= ?"
         await self._cursor.execute(sql, (up_to_sequence,))
 
-    async def trim_events(self, keep: int) -> None:
-        """Forget all but the newest ``keep`` events, published or not: the outbox is bounded."""
-        sql = "DELETE FROM events WHERE sequence <= (SELECT max(sequence) FROM events) - ?"
-        await self._cursor.execute(sql, (keep,))
+    async def trim_events(self, keep: int, keep_unpublished: int = OUTBOX_EVENTS_MAX) -> int:
+        """Forget all but the newest ``keep`` events and, beyond these, the unpublished ones.
+
+        Of the unpublished ones at most ``keep_unpublished`` stay, so that a broker that never comes back fills no
+        disk: reports of progress go first (a later one says more), then the oldest. Returns how many
+        unpublished events were lost.
+        """
+        progress_first = "ORDER BY type LIKE '%progress' DESC, sequence LIMIT max(0, ?)"
+        (waiting,) = (await self._cursor.read("SELECT count(*) FROM events WHERE NOT published"))[0]
+        excess = f"SELECT sequence FROM events WHERE NOT published {progress_first}"
+        sql = f"DELETE FROM events WHERE sequence IN ({excess})"
+        lost = await self._cursor.execute(sql, (waiting - keep_unpublished,))
+        newest = "SELECT sequence FROM events ORDER BY sequence DESC LIMIT ?"
+        await self._cursor.execute(f"DELETE FROM events WHERE published AND sequence NOT IN ({newest})", (keep,))
+        return lost
 
     # -- inside -----------------------------------------------------------------------------------
 
@@ -154,27 +145,19 @@ class Transaction:
         unknown = set(changes) - set(names)
         if unknown:
             raise ValueError(f"{table} has no {', '.join(sorted(unknown))}")
+        if not changes:
+            return
         sets = ", ".join(f'"{name}" = ?' for name in changes)
         values = [rows.to_column(name, value) for name, value in changes.items()]
-        await self._cursor.execute(f"UPDATE {table} SET {sets} WHERE id = ?", (*values, key))
-
-    async def _snapshot(self, snapshot_id: SnapshotId) -> Snapshot:
-        sql = f"SELECT {rows.SNAPSHOT_COLUMNS} FROM snapshots WHERE id = ?"
-        found = await self._cursor.read(sql, (snapshot_id,))
-        if not found:
-            raise SnapshotUnknown(f"there is no snapshot {snapshot_id}")
-        return rows.snapshot(found[0])
+        if not await self._cursor.execute(f"UPDATE {table} SET {sets} WHERE id = ?", (*values, key)):
+            raise (
+                SnapshotUnknown(f"there is no snapshot {key}")
+                if table == "snapshots"
+                else DiskUnknown(f"there is no disk {key}")
+            )
 
     async def _number(self, snapshot_id: SnapshotId) -> int:
         found = await self._cursor.read("SELECT number FROM snapshots WHERE id = ?", (snapshot_id,))
         if not found:
             raise SnapshotUnknown(f"there is no snapshot {snapshot_id}")
         return int(found[0][0])
-
-    async def _page(self, number: int, page: int) -> Page:
-        found = await self._cursor.read("SELECT entries FROM pages WHERE snapshot = ? AND page = ?", (number, page))
-        return chain.decode(found[0][0]) if found else chain.EMPTY
-
-    async def _put_page(self, number: int, page: int, entries: Page) -> None:
-        sql = "INSERT OR REPLACE INTO pages (snapshot, page, entries) VALUES (?, ?, ?)"
-        await self._cursor.execute(sql, (number, page, chain.encode(entries)))
