@@ -1,0 +1,56 @@
+"""What tests share: a private libvirtd, the test guest's image, short work directories."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.guest.domain import DiskSpec, Guest
+from tests.guest.image import GuestImage, build
+from tests.guest.libvirtd import Libvirtd
+
+
+def short_directory() -> Path:
+    """Return a new directory whose path is short (sockets) and that QEMU's user may enter."""
+    path = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def workdir() -> Iterator[Path]:
+    path = short_directory()
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def libvirtd() -> Iterator[Libvirtd]:
+    path = short_directory()
+    with Libvirtd(path) as daemon:
+        yield daemon
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def guest_image() -> GuestImage:
+    return build()
+
+
+@pytest.fixture
+def make_guest(libvirtd: Libvirtd, workdir: Path) -> Iterator[Callable[..., Guest]]:
+    """Make guests that are gone after the test."""
+    made: list[Guest] = []
+
+    def make(disks: list[DiskSpec], image: GuestImage | None = None, **options: bool) -> Guest:
+        guest = Guest(libvirtd, workdir, f"{workdir.name}-{len(made)}", disks, image, **options)
+        made.append(guest)
+        return guest.define()
+
+    yield make
+    for guest in made:
+        guest.remove()
