@@ -106,10 +106,6 @@ class Snapshots:
         async with self._catalog.write() as tx:
             # Again, now that no capture can begin or end: one that began since the first look has its row by now.
             check_unused(wanted, await self._catalog.snapshots(state=State.PROGRESSING))
-            for failed in await self._catalog.snapshots(state=State.FAILED):
-                # A failed snapshot holds nothing, and must not inherit what it would keep from being freed.
-                if failed.parent in wanted:
-                    await tx.update_snapshot(failed.id, parent=None)
             for row in rows:
                 await tx.delete_snapshot(row.id)
                 await tx.emit(EventType.SNAPSHOT_DELETED, snapshot_payload(disks[row.disk], row))

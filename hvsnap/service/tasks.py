@@ -28,13 +28,14 @@ FINISHED_MAX = 200
 
 @dataclass(frozen=True, slots=True)
 class TaskView:
-    """A task as it is at this moment. ``result`` is what its work returned."""
+    """A task as it is at this moment: ``guest`` is the UUID of its guest, ``result`` what its work returned."""
 
     id: str
     kind: str
     subject: str
     state: TaskState
     created_at: float
+    guest: str = ""
     step: str = ""
     progress: Progress | None = None
     finished_at: float | None = None
@@ -81,13 +82,13 @@ class Tasks:
         """How many tasks run."""
         return len(self._running)
 
-    def start(self, kind: str, subject: str, work: Work) -> TaskView:
+    def start(self, kind: str, subject: str, work: Work, *, guest: str = "") -> TaskView:
         """Start work and return its task at once. Raises :class:`Busy` and :class:`Stopping`."""
         if self._stopping:
             raise Stopping("the daemon is stopping")
         if len(self._running) >= RUNNING_MAX:
             raise Busy(f"{len(self._running)} tasks are running already", hint="try again when one has finished")
-        view = TaskView(new_id("t"), kind, subject, TaskState.RUNNING, self._clock.now())
+        view = TaskView(new_id("t"), kind, subject, TaskState.RUNNING, self._clock.now(), guest=guest)
         run = TaskRun(view, self._publisher)
         self._running[view.id] = run
         run.task = self._group.create_task(self._run(run, work), name=f"{kind} {view.id}")
