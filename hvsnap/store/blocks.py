@@ -24,7 +24,9 @@ from hvsnap.ports import BlockIndex, ObjectStore, Stored
 from hvsnap.store.codec import Codec
 from hvsnap.store.fetch import Fetcher
 from hvsnap.store.intake import Intake, Workers
+from hvsnap.store.manifests import Manifests
 from hvsnap.store.packer import PACK_BYTES, Packer
+from hvsnap.store.packs import Packs
 from hvsnap.store.repository import (
     COMPRESSION_DEFAULT,
     CONFIG_NAME,
@@ -93,6 +95,8 @@ class PackedBlocks:
         self._workers = Workers(threads)
         codec = Codec(repository.block_size, level, repository.keys.block)
         self._intake = Intake(objects, index, repository, codec, self._workers, next_block_id)
+        self.manifests = Manifests(objects, repository)
+        self.packs = Packs(objects, repository)
         self._fetcher = Fetcher(objects, index, codec, self._workers, repository.block_size)
 
     @property

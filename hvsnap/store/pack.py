@@ -18,6 +18,7 @@ from blake3 import blake3
 from hvsnap.errors import Damaged, FormatUnknown
 from hvsnap.store.repository import BLOCK_SIZE_MAX, DIGEST_BYTES
 
+PACKS = "packs"
 FLAG_ZSTD = 0x0001
 FLAG_SEALED = 0x0002
 """Reserved: AES-256-GCM. A reader of this version refuses it."""
@@ -38,7 +39,7 @@ _HEADER = struct.Struct("<8sHHI16s16s16s")
 _FOOTER = struct.Struct("<8sHHI16s16sQII")
 _HEADER_MAGIC = b"HVSNPACK"
 _FOOTER_MAGIC = b"HVSNPEND"
-_NAME = re.compile(r"packs/([0-9a-f]{2})/(\1[0-9a-f]{30})")
+_NAME = re.compile(PACKS + r"/([0-9a-f]{2})/(\1[0-9a-f]{30})")
 
 EntryArray = npt.NDArray[Any]
 
@@ -60,7 +61,7 @@ class PackId:
     def name(self) -> str:
         """The pack's object name."""
         text = self.pack.hex()
-        return f"packs/{text[:2]}/{text}"
+        return f"{PACKS}/{text[:2]}/{text}"
 
 
 @dataclass(frozen=True, slots=True)

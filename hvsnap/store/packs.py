@@ -1,0 +1,47 @@
+"""Packs by themselves, without the catalog: what checking and rebuilding read."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from hvsnap.errors import Damaged
+from hvsnap.ports import ObjectInfo, ObjectStore
+from hvsnap.store.pack import (
+    FOOTER_BYTES,
+    HEADER_BYTES,
+    PACKS,
+    EntryArray,
+    pack_id_of,
+    parse_footer,
+    parse_index,
+)
+from hvsnap.store.repository import Repository
+
+
+class Packs:
+    """The packs of one repository."""
+
+    def __init__(self, objects: ObjectStore, repository: Repository) -> None:
+        self._objects = objects
+        self._repository = repository
+        self._key = repository.keys.pack
+
+    def list(self) -> AsyncIterator[ObjectInfo]:
+        """Yield names and sizes of all packs, also of those that no index knows."""
+        return self._objects.list(PACKS)
+
+    async def index(self, name: str) -> EntryArray:
+        """Return a pack's index, ``ENTRY[n]``, authenticated; its blocks are not read.
+
+        Raises :class:`Damaged`, :class:`~hvsnap.errors.FormatUnknown`, :class:`~hvsnap.errors.NotFound`.
+        """
+        pack = pack_id_of(name, self._repository.id, self._repository.block_size)
+        size_bytes = await self._objects.size(name)
+        if size_bytes < HEADER_BYTES + FOOTER_BYTES:
+            raise Damaged(f"{name} is too short for a pack")
+        header = await self._objects.get_range(name, 0, HEADER_BYTES)
+        end = await self._objects.get_range(name, size_bytes - FOOTER_BYTES, FOOTER_BYTES)
+        footer = parse_footer(pack, end, size_bytes)
+        body = await self._objects.get_range(name, footer.index_offset, footer.index_bytes)
+        return await asyncio.to_thread(parse_index, pack, header, footer, body, self._key)
