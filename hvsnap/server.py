@@ -137,6 +137,14 @@ class _PatientProtocol(H11Protocol):
 class _Server(uvicorn.Server):
     """uvicorn without its own signal handlers: signals are the daemon's."""
 
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.ready = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self.ready.set()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
@@ -171,8 +179,7 @@ class HttpServer:
 
     async def started(self) -> None:
         """Return once connections are accepted."""
-        while not self._server.started:
-            await asyncio.sleep(0.01)
+        await self._server.ready.wait()
 
     def stop(self) -> None:
         """Take no more requests, and let :meth:`serve` return."""

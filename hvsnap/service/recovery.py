@@ -38,9 +38,7 @@ class Recovery:
         elif operation.kind == KIND:
             kept = await self._accomplished(operation)
             outcome = "finished" if kept else "undone"
-            detail = (
-                "its snapshots are accomplished" if kept else "its snapshots failed; the next one covers the interval"
-            )
+            detail = "its snapshots are accomplished" if kept else "its snapshots failed; the next ones miss nothing"
         else:
             outcome, detail = "finished", ""
         return wire.RecoveredOperation(
