@@ -158,30 +158,6 @@ class BlockStore(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class ManifestPage:
-    """One page of a manifest: ``index uint16[n]`` and the digests of its blocks, ``uint8[n, 32]`` (zero block: zeroes)."""
-
-    page: int
-    index: npt.NDArray[np.uint16]
-    digests: npt.NDArray[np.uint8]
-
-
-class SnapshotStore(BlockStore, Protocol):
-    """A block store that keeps the snapshots' manifests, too."""
-
-    async def put_manifest(self, name: str, header: dict[str, object], pages: AsyncIterator[ManifestPage]) -> None:
-        """Write a snapshot's manifest: durable on return. The store adds its own identity and the checksums.
-
-        ``name`` is ``<disk id>/<sequence, 8 digits>-<snapshot id>``. One that a crash left behind is replaced.
-        """
-        ...
-
-    async def delete_manifest(self, name: str) -> None:
-        """Remove a manifest; one that is not there is no error."""
-        ...
-
-
 # -- a disk that can be read ----------------------------------------------------------------------
 
 

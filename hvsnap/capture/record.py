@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +25,10 @@ from hvsnap.errors import HypervisorFailed
 from hvsnap.happenings import EventType, snapshot_payload
 from hvsnap.hypervisor.nbd_server import serve_image
 from hvsnap.model import Consistency, Disk, Kind, Method, OperationId, Progress, Snapshot, State
-from hvsnap.ports import Clock, ManifestPage, NbdExport, SnapshotStore, UInt64Array
-
-DIGEST_BYTES = 32
+from hvsnap.ports import Clock, NbdExport, UInt64Array
+from hvsnap.store.blocks import PackedBlocks
+from hvsnap.store.identity import ManifestHead
+from hvsnap.store.manifest import ManifestPage
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +77,11 @@ class Recorder:
     """Puts the frozen disks of one capture into the store."""
 
     def __init__(
-        self, catalog: Catalog, store: SnapshotStore, clock: Clock, run_dir: str, report: Callable[[Progress], None]
+        self, catalog: Catalog, store: PackedBlocks, clock: Clock, run_dir: str, report: Callable[[Progress], None]
     ) -> None:
         self._catalog = catalog
         self._store = store
+        self._session = store.session()
         self._clock = clock
         self._run_dir = run_dir
         self._report = report
@@ -106,7 +108,7 @@ class Recorder:
         if found.size_bytes != snapshot.size_bytes:
             raise HypervisorFailed(f"disk {plan.disk.target} was resized as its snapshot began", hint="try again")
         selection = select(found, await self._catalog.carry(plan.disk.id))
-        pipeline = Pipeline(snapshot.id, self._store, CatalogStage(self._catalog, snapshot), self._report)
+        pipeline = Pipeline(snapshot.id, self._session, CatalogStage(self._catalog, snapshot), self._report)
         return await pipeline.run(export, snapshot.size_bytes, selection)
 
     async def accomplish(
@@ -121,13 +123,12 @@ class Recorder:
 
         ``note`` says why the consistency is less than was asked for; ``guest`` is its definition, for the manifest.
         """
-        await self._store.flush()
+        await self._session.flush()
         finished = []
         for plan, totals in done:
             snapshot = self._finished(plan, totals, consistency, note)
-            await self._store.put_manifest(
-                manifest_name(snapshot), manifest_header(plan.disk, snapshot, guest), self._manifest_pages(snapshot)
-            )
+            head = ManifestHead(snapshot, plan.disk, self._store.block_size, guest)
+            await self._store.manifests.put(head, self._manifest_pages(snapshot))
             finished.append((plan, snapshot))
         async with self._catalog.write() as tx:
             for plan, snapshot in finished:
@@ -167,24 +168,4 @@ class Recorder:
 
     async def _manifest_pages(self, snapshot: Snapshot) -> AsyncIterator[ManifestPage]:
         async for number, entries in self._catalog.own_pages(snapshot.id):
-            digests = np.zeros((len(entries), DIGEST_BYTES), np.uint8)
-            stored = np.flatnonzero(entries.block)
-            places = await self._catalog.places(entries.block[stored].tolist())
-            if places:
-                joined = b"".join(place.digest for place in places)
-                digests[stored] = np.frombuffer(joined, np.uint8).reshape(-1, DIGEST_BYTES)
-            yield ManifestPage(number, entries.index, digests)
-
-
-def manifest_name(snapshot: Snapshot) -> str:
-    """Return the name of a snapshot's manifest, which sorts a chain by its sequence."""
-    return f"{snapshot.disk}/{snapshot.sequence:08d}-{snapshot.id}"
-
-
-def manifest_header(disk: Disk, snapshot: Snapshot, guest: str) -> dict[str, object]:
-    """Return all that rebuilding the catalog from the store alone needs to know of a snapshot and its disk."""
-    return {
-        "snapshot": {**asdict(snapshot)},
-        "disk": {**asdict(disk), "head": None, "bitmap": None},
-        "guest": guest,
-    }
+            yield ManifestPage(number, entries.index, await self._store.digests(entries.block))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from hvsnap.capture.capture import Capture, CaptureOrder
@@ -46,11 +46,12 @@ from hvsnap.model import (
     State,
     new_id,
 )
-from hvsnap.ports import Clock, Hypervisor, Publisher, SnapshotStore
+from hvsnap.ports import Clock, Hypervisor, Publisher
 from hvsnap.service import names
 from hvsnap.service.inventory import Found, Inventory
 from hvsnap.service.requests import SnapshotRequest
 from hvsnap.service.uses import Uses
+from hvsnap.store.blocks import PackedBlocks
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class Captures:
         group: asyncio.TaskGroup,
         hypervisor: Hypervisor,
         catalog: Catalog,
-        open_store: Callable[[], SnapshotStore],
+        store: PackedBlocks,
         inventory: Inventory,
         uses: Uses,
         publisher: Publisher,
@@ -106,7 +107,7 @@ class Captures:
         self._group = group
         self._hypervisor = hypervisor
         self._catalog = catalog
-        self._open_store = open_store
+        self._store = store
         self._inventory = inventory
         self._uses = uses
         self._publisher = publisher
@@ -361,11 +362,10 @@ class Captures:
         """Plan a run against the present, and write it into the journal."""
         guest = await self._hypervisor.guest(run.guest)
         mode = Mode.REDIRECT if guest.active else Mode.OFFLINE
-        store = self._open_store()
         plans = []
         for disk_row, snapshot in zip(run.disks, run.snapshots, strict=True):
             disk = await self._catalog.disk(disk_row.id)
-            plans.append(await self._plan(disk, snapshot, mode, run, store.block_size))
+            plans.append(await self._plan(disk, snapshot, mode, run, self._store.block_size))
         facts = CaptureFacts(mode, tuple(plan.captured for plan in plans))
         async with self._catalog.write() as tx:
             for plan in plans:
@@ -374,7 +374,7 @@ class Captures:
                     s.id, parent=s.parent, kind=s.kind, method=s.method, reason=s.reason, size_bytes=s.size_bytes
                 )
             operation = await tx.open_operation(KIND, run.guest, Step.BITMAPS, facts.as_json())
-        recorder = Recorder(self._catalog, store, self._clock, self._settings.run_dir, self._report)
+        recorder = Recorder(self._catalog, self._store, self._clock, self._settings.run_dir, self._report)
         order = CaptureOrder(
             operation=operation.id,
             guest=run.guest,
@@ -383,7 +383,7 @@ class Captures:
             consistency=run.consistency,
             freeze_timeout_s=self._settings.freeze_timeout_s,
             space=self._settings.space,
-            block_size=store.block_size,
+            block_size=self._store.block_size,
         )
         return operation.id, Capture(self._hypervisor, self._catalog, recorder, order)
 
