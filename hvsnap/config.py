@@ -1,0 +1,237 @@
+"""The configuration: one TOML file into frozen settings. An unknown key or a wrong value stops the start.
+
+Keys and defaults: docs/configuration.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import unquote, urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from hvsnap.errors import ConfigInvalid
+
+DEFAULT_PATH = Path("/etc/hvsnap/hvsnap.toml")
+ENVIRONMENT = "HVSNAP_CONFIG"
+MIB = 1 << 20
+
+
+def _absolute(path: str) -> str:
+    if path and not os.path.isabs(path):
+        raise ValueError("an absolute path is expected")
+    return path
+
+
+def _later(what: str) -> AfterValidator:
+    """Refuse what this release cannot do yet: better at the start than silently not done."""
+
+    def refuse(value: Any) -> Any:
+        if value:
+            raise ValueError(f"{what} is not in this release; leave it empty")
+        return value
+
+    return AfterValidator(refuse)
+
+
+def _store_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme == "s3":
+        raise ValueError("an S3 store is not in this release; expected file:///absolute/path")
+    if parts.scheme != "file" or parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+        raise ValueError("expected file:///absolute/path")
+    return url
+
+
+def _mqtt_url(url: str) -> str:
+    if not url:
+        return url
+    parts = urlsplit(url)
+    try:
+        port = parts.port
+    except ValueError:
+        port = 0
+    if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or port == 0 or parts.path not in ("", "/"):
+        raise ValueError("expected mqtt://HOST[:PORT] or mqtts://HOST[:PORT], or empty for no MQTT")
+    if parts.username or parts.password:
+        raise ValueError("the user goes into username, the password into the file that password_file names")
+    return url
+
+
+def _compression(text: str) -> str:
+    match = re.fullmatch(r"zstd:(\d{1,2})", text)
+    if match is None or not 1 <= int(match[1]) <= 19:
+        raise ValueError("expected zstd:LEVEL with a level from 1 to 19")
+    return text
+
+
+def _topic(text: str) -> str:
+    if not text or text.startswith("$") or re.search(r"[+#\0]|^/|/$|//", text):
+        raise ValueError("expected topic levels without + # or empty ones")
+    return text
+
+
+AbsolutePath = Annotated[str, AfterValidator(_absolute)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class QmpGuest(_Table):
+    """A bare QEMU guest, reached through its QMP socket."""
+
+    socket: AbsolutePath
+    agent: AbsolutePath = ""
+    capture: Literal["fleece", "redirect"] = "fleece"
+
+
+class Hypervisor(_Table):
+    """Where the guests are."""
+
+    libvirt_uri: str = "qemu:///system"
+    qmp: Annotated[dict[str, QmpGuest], _later("a bare QEMU guest")] = Field(default_factory=dict)
+
+
+class Capture(_Table):
+    """How snapshots are taken."""
+
+    parallel: int = Field(2, ge=1, le=32)
+    overlay_dir: AbsolutePath = ""
+    overlay_limit_bytes: int = Field(0, ge=0)
+    space_reserve_bytes: int = Field(256 * MIB, ge=0)
+    freeze_timeout_s: float = Field(5.0, gt=0, le=9.0, strict=False)
+    compression: Annotated[str, AfterValidator(_compression)] = "zstd:1"
+
+
+class S3(_Table):
+    """An S3 endpoint."""
+
+    endpoint: str = ""
+    region: str = "default"
+
+
+class Encryption(_Table):
+    """The store's key."""
+
+    key_file: Annotated[AbsolutePath, _later("an encrypted store")] = ""
+
+
+class Store(_Table):
+    """Where blocks and manifests are kept."""
+
+    url: Annotated[str, AfterValidator(_store_url)] = "file:///var/lib/hvsnap/store"
+    s3: Annotated[S3 | None, _later("an S3 store")] = None
+    encryption: Encryption = Encryption()
+
+    @property
+    def path(self) -> Path:
+        """The store's directory."""
+        return Path(unquote(urlsplit(self.url).path))
+
+
+class Limits(_Table):
+    """Quotas (SERVICE 3.1, 5.2)."""
+
+    snapshots_per_disk: int = Field(64, ge=1, le=4096)
+    policies: int = Field(100, ge=0, le=10_000)
+
+
+class Mqtt(_Table):
+    """The broker that events are published to."""
+
+    url: Annotated[str, AfterValidator(_mqtt_url)] = ""
+    topic_prefix: Annotated[str, AfterValidator(_topic)] = "hvsnap"
+    username: str = ""
+    password_file: AbsolutePath = ""
+    ca_file: AbsolutePath = ""
+    cert_file: AbsolutePath = ""
+    key_file: AbsolutePath = ""
+
+
+class Metrics(_Table):
+    """The Prometheus endpoint."""
+
+    listen: Annotated[str, _later("the metrics endpoint")] = ""
+
+
+class Settings(_Table):
+    """The whole configuration."""
+
+    state_dir: AbsolutePath = "/var/lib/hvsnap"
+    socket: AbsolutePath = "/run/hvsnap/hvsnap.sock"
+    socket_group: str = ""
+    host_id: str = Field(default_factory=socket.gethostname, min_length=1, max_length=255)
+    hypervisor: Hypervisor = Hypervisor()
+    capture: Capture = Capture()
+    store: Store = Store()
+    limits: Limits = Limits()
+    mqtt: Mqtt = Mqtt()
+    metrics: Metrics = Metrics()
+
+    @property
+    def run_dir(self) -> Path:
+        """Where private sockets live: beside the daemon's own."""
+        return Path(self.socket).parent
+
+
+def load(path: Path | None = None) -> Settings:
+    """Return the settings of ``path``, of ``$HVSNAP_CONFIG``, of /etc/hvsnap/hvsnap.toml, or the defaults.
+
+    A file that is named must exist; the one in /etc need not. Raises :class:`ConfigInvalid` with file, key and what
+    was expected.
+    """
+    named = path or (Path(os.environ[ENVIRONMENT]) if os.environ.get(ENVIRONMENT) else None)
+    file = named or DEFAULT_PATH
+    try:
+        text = file.read_text()
+    except FileNotFoundError as error:
+        if named is None:
+            return Settings()
+        raise ConfigInvalid(f"{file}: there is no such file", hint="check --config and $HVSNAP_CONFIG") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigInvalid(f"{file}: {error}") from error
+    return parse(text, str(file))
+
+
+def parse(text: str, name: str) -> Settings:
+    """Return the settings that a TOML text holds; ``name`` is for errors."""
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigInvalid(f"{name}: {error}", hint="the file must be TOML") from error
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise ConfigInvalid(f"{name}: {key}: there is no such key", hint=_nearest(key)) from error
+        what = first["msg"].removeprefix("Value error, ")
+        raise ConfigInvalid(f"{name}: {key}: {what}", hint=f"the value is {_shown(first['input'])}") from error
+
+
+def keys(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
+    """Yield every key that the configuration knows, dotted."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from keys(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _nearest(key: str) -> str:
+    close = difflib.get_close_matches(key, list(keys()), n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else "docs/configuration.md lists the keys"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
