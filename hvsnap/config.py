@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import platform
 import re
 import tomllib
 from collections.abc import Iterator
@@ -102,11 +103,11 @@ class Hypervisor(_Table):
 class Capture(_Table):
     """How snapshots are taken."""
 
-    parallel: int = Field(2, ge=1, le=32)
+    parallel: int = Field(default=2, ge=1, le=32)
     overlay_dir: AbsolutePath = ""
-    overlay_limit_bytes: int = Field(0, ge=0)
-    space_reserve_bytes: int = Field(256 * MIB, ge=0)
-    freeze_timeout_s: float = Field(5.0, gt=0, le=9.0, strict=False)
+    overlay_limit_bytes: int = Field(default=0, ge=0)
+    space_reserve_bytes: int = Field(default=256 * MIB, ge=0)
+    freeze_timeout_s: float = Field(default=5.0, gt=0, le=9.0, strict=False)
     compression: Annotated[str, AfterValidator(_compression)] = "zstd:1"
 
 
@@ -139,8 +140,8 @@ class Store(_Table):
 class Limits(_Table):
     """Quotas (SERVICE 3.1, 5.2)."""
 
-    snapshots_per_disk: int = Field(64, ge=1, le=4096)
-    policies: int = Field(100, ge=0, le=10_000)
+    snapshots_per_disk: int = Field(default=64, ge=1, le=4096)
+    policies: int = Field(default=100, ge=0, le=10_000)
 
 
 class Mqtt(_Table):
@@ -167,7 +168,7 @@ class Settings(_Table):
     state_dir: AbsolutePath = "/var/lib/hvsnap"
     socket: AbsolutePath = "/run/hvsnap/hvsnap.sock"
     socket_group: str = ""
-    host_id: str = Field(default_factory=socket.gethostname, min_length=1, max_length=255)
+    host_id: str = Field(default_factory=platform.node, min_length=1, max_length=255)
     hypervisor: Hypervisor = Hypervisor()
     capture: Capture = Capture()
     store: Store = Store()
