@@ -51,8 +51,8 @@ class NewFile:
 
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes; the file is created with the first ones."""
-        self._require_open()
         try:
+            self._require_open()
             rest = memoryview(data).cast("B")
             while rest:
                 rest = rest[os.write(self._descriptor, rest) :]
@@ -62,8 +62,8 @@ class NewFile:
 
     def publish(self) -> None:
         """Make the file durable, then give it its name; an existing file stays: :class:`FileExistsError`."""
-        self._require_open()
         try:
+            self._require_open()
             os.fsync(self._descriptor)
             self._directories.make(self.path.parent)
             os.link(self._temporary, self.path)
