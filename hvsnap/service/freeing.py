@@ -99,8 +99,8 @@ async def stored_bytes(catalog: Catalog, ids: UInt64Array) -> int:
 
 
 def parents_of(rows: Iterable[Snapshot]) -> Parents:
-    """Return the parents of all snapshots that hold entries: failed ones hold none, and inherit none."""
-    return {row.id: row.parent for row in rows if row.state is not State.FAILED}
+    """Return the parents of the accomplished snapshots: others inherit nothing (one in the making bars the deletion)."""
+    return {row.id: row.parent for row in rows if row.state is State.ACCOMPLISHED}
 
 
 async def plan_deletion(catalog: Catalog, doomed: Sequence[SnapshotId]) -> Deletion:

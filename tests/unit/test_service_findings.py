@@ -1,0 +1,114 @@
+"""What the doctor concludes: each trap it knows, and nothing of a healthy host."""
+
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hvsnap.model import GuestState, Operation, OperationId
+from hvsnap.service import doctor, findings
+from hvsnap.service.findings import DirectorySeen
+from hvsnap.wire import MqttStatus, Severity
+from tests.service_kit import WEB, a_guest
+
+HEALTHY = DirectorySeen("/x", mode=stat.S_IFDIR | 0o750, writable=True, free_bytes=1 << 40, total_bytes=1 << 41)
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("qemu-img version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)", (7, 2, 22)),
+        ("9.0.0", (9, 0, 0)),
+        ("no version at all", None),
+        ("", None),
+    ],
+)
+def test_versions_are_read_from_what_tools_say(text: str, version: tuple[int, ...] | None) -> None:
+    assert findings.parse_version(text) == version
+
+
+def test_known_traps_of_qemu_are_named_for_the_versions_that_have_them() -> None:
+    assert [one.severity for one in findings.qemu(None)] == [Severity.WARNING]
+    assert [one.severity for one in findings.qemu((4, 2))] == [Severity.ERROR]
+    assert [(one.check, one.severity) for one in findings.qemu((7, 2, 22))] == [
+        ("qemu", Severity.OK),
+        ("qemu-nbd-iothread", Severity.INFO),
+    ]
+    assert [one.severity for one in findings.qemu((10, 0))] == [Severity.OK]
+
+
+def test_kvm_that_exists_and_cannot_work_is_told_apart() -> None:
+    both, neither = frozenset({"fpu", "svm"}), frozenset({"fpu"})
+    assert findings.kvm(device=True, cpu_flags=both).severity is Severity.OK
+    assert findings.kvm(device=True, cpu_flags=neither).severity is Severity.WARNING
+    assert "hang" in findings.kvm(device=True, cpu_flags=neither).what
+    assert findings.kvm(device=False, cpu_flags=neither).severity is Severity.INFO
+
+
+def test_libvirt_that_does_not_answer_is_an_error_with_its_words() -> None:
+    lost = findings.libvirt(None, "Connection refused", "qemu:///system")
+    assert (lost.severity, lost.evidence) == (Severity.ERROR, "qemu:///system: Connection refused")
+    assert findings.libvirt((9, 0, 0), "", "qemu:///system").severity is Severity.OK
+    assert findings.libvirt((6, 0, 0), "", "qemu:///system").severity is Severity.WARNING
+
+
+@pytest.mark.parametrize(
+    ("seen", "severities"),
+    [
+        (HEALTHY, [Severity.OK]),
+        (replace(HEALTHY, problem="No such file or directory"), [Severity.ERROR]),
+        (replace(HEALTHY, writable=False), [Severity.ERROR]),
+        (replace(HEALTHY, mode=stat.S_IFDIR | 0o755), [Severity.WARNING]),
+        (replace(HEALTHY, free_bytes=1 << 20), [Severity.WARNING]),
+        (replace(HEALTHY, free_bytes=3 << 30, total_bytes=1 << 50), [Severity.WARNING]),
+        (
+            replace(HEALTHY, writable=False, mode=0o777, free_bytes=0),
+            [Severity.ERROR, Severity.WARNING, Severity.WARNING],
+        ),
+    ],
+)
+def test_a_directory_is_judged_by_access_and_space(seen: DirectorySeen, severities: list[Severity]) -> None:
+    found = findings.directory("state-dir", "state directory", seen, private=True)
+    assert [one.severity for one in found] == severities
+    assert all(one.remedy or one.severity is Severity.OK for one in found)
+    assert all("/x" in one.evidence for one in found)
+
+
+def test_a_broker_away_is_a_warning_and_none_at_all_is_not() -> None:
+    status = MqttStatus(configured=True, connected=False, pending=3, error="refused")
+    assert findings.mqtt(status).severity is Severity.WARNING
+    assert "refused" in findings.mqtt(status).evidence
+    assert findings.mqtt(status.model_copy(update={"connected": True})).severity is Severity.OK
+    assert findings.mqtt(status.model_copy(update={"configured": False})).severity is Severity.INFO
+
+
+def test_journal_entries_that_nobody_works_on_ask_for_a_recovery() -> None:
+    entry = Operation(OperationId("o-1"), "capture", WEB, "reading", {}, 1.0)
+    assert findings.operations([], 0).severity is Severity.OK
+    assert findings.operations([entry], 1).severity is Severity.OK
+    left = findings.operations([entry, entry], 1)
+    assert left.severity is Severity.WARNING
+    assert "hvsnap recover" in left.remedy
+
+
+def test_a_running_transient_guest_is_warned_of() -> None:
+    transient = a_guest(persistent=False)
+    off = a_guest(persistent=False, state=GuestState.OFF)
+    assert [one.check for one in findings.transient([transient, a_guest(), off])] == ["transient-guest"]
+
+
+async def test_the_host_is_really_looked_at(workdir: Path) -> None:
+    place = doctor.Place("state-dir", "state directory", str(workdir / "missing"), private=True)
+    found = {one.check: one for one in await doctor.host_findings([place])}
+    assert "qemu-img version" in found["qemu-img"].evidence
+    assert "libnbd" in found["libnbd"].evidence
+    assert found["state-dir"].severity is Severity.ERROR
+    assert "No such file" in found["state-dir"].evidence
+    assert doctor.report(list(found.values())).worst is Severity.ERROR
+
+
+def test_what_is_no_directory_is_not_taken_for_one(workdir: Path) -> None:
+    (workdir / "file").write_text("")
+    assert doctor.look_at_directory(str(workdir / "file")).problem == "it is not a directory"
+    assert doctor.look_at_directory(str(workdir)).total_bytes > 0
