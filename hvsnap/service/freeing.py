@@ -99,7 +99,7 @@ async def stored_bytes(catalog: Catalog, ids: UInt64Array) -> int:
 
 
 def parents_of(rows: Iterable[Snapshot]) -> Parents:
-    """Return the parents of the accomplished snapshots: others inherit nothing (one in the making bars the deletion)."""
+    """Return the parents of accomplished snapshots: failed ones inherit nothing, one in the making bars deletion."""
     return {row.id: row.parent for row in rows if row.state is State.ACCOMPLISHED}
 
 
