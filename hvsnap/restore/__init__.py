@@ -1,0 +1,1 @@
+"""The way back: from snapshots to disks."""

@@ -1,0 +1,87 @@
+"""Carrying blocks of the store into an image, every one verified on its way (the store does that)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import numpy as np
+
+from hvsnap.capture.blockset import BlockSet
+from hvsnap.capture.pipeline import Meter
+from hvsnap.catalog import chain
+from hvsnap.catalog.catalog import Catalog
+from hvsnap.model import PAGE_BLOCKS, Snapshot
+from hvsnap.restore.plan import PageWrites, page_writes, ranges
+from hvsnap.restore.writer import NbdWriter
+from hvsnap.store.blocks import PackedBlocks
+
+WINDOW_PAGES = 4
+"""Pages whose blocks are asked for together: neighbours in the store are then read in one go."""
+
+
+class Filler:
+    """Writes blocks of one snapshot."""
+
+    def __init__(self, catalog: Catalog, store: PackedBlocks, snapshot: Snapshot) -> None:
+        self._catalog = catalog
+        self._store = store
+        self._snapshot = snapshot
+        self._snapshot_blocks = -(-snapshot.size_bytes // store.block_size)
+
+    async def stored_writes(self) -> AsyncIterator[PageWrites]:
+        """Yield what a new disk needs: every block that is not zero."""
+        async for page, view in self._catalog.views(self._snapshot.id):
+            wanted = view != 0
+            wanted[max(0, self._snapshot_blocks - page * PAGE_BLOCKS) :] = False
+            yield page_writes(page, wanted, view, self._snapshot_blocks)
+
+    async def differing_writes(self, differs: BlockSet) -> AsyncIterator[PageWrites]:
+        """Yield what a disk needs that differs from the snapshot in these blocks."""
+        held = set(await self._catalog.page_numbers(self._snapshot.id))
+        for page in range(differs.pages):
+            wanted = differs.page(page)
+            if wanted.any():
+                view = await self._catalog.view(self._snapshot.id, page) if page in held else chain.blank()
+                yield page_writes(page, wanted, view, self._snapshot_blocks)
+
+    async def count(self, writes: AsyncIterator[PageWrites]) -> tuple[int, int]:
+        """Return how many blocks would be written, and how many zeroed."""
+        stored = zero = 0
+        async for one in writes:
+            stored += one.ids.size
+            zero += one.zero.size
+        return stored, zero
+
+    async def verify(self, writes: AsyncIterator[PageWrites], meter: Meter) -> None:
+        """Read every block that would be written; raises :class:`Damaged` before any target is touched."""
+        async for one in writes:
+            async with aclosing(self._store.get(one.ids.tolist())) as blocks:  # type: ignore[type-var]
+                async for _position, block in blocks:
+                    meter.add(len(block))
+
+    async def fill(self, writes: AsyncIterator[PageWrites], writer: NbdWriter, size_bytes: int, meter: Meter) -> None:
+        """Write to a disk of ``size_bytes``; its last block may be short."""
+        block_size = self._store.block_size
+        window: list[PageWrites] = []
+        async for one in writes:
+            for first, count in ranges(one.zero):
+                offset = first * block_size
+                await writer.zero(offset, min(count * block_size, size_bytes - offset))
+            window.append(one)
+            if len(window) == WINDOW_PAGES:
+                await self._write_window(window, writer, size_bytes, meter)
+                window = []
+        await self._write_window(window, writer, size_bytes, meter)
+
+    async def _write_window(self, window: list[PageWrites], writer: NbdWriter, size_bytes: int, meter: Meter) -> None:
+        if not window:
+            return
+        numbers = np.concatenate([one.blocks for one in window]).tolist()
+        ids = np.concatenate([one.ids for one in window]).tolist()
+        block_size = self._store.block_size
+        async with aclosing(self._store.get(ids)) as blocks:  # type: ignore[type-var]
+            async for position, block in blocks:
+                offset = numbers[position] * block_size
+                await writer.write(offset, memoryview(block)[: size_bytes - offset])
+                meter.add(len(block))

@@ -1,0 +1,259 @@
+"""Rolling a disk back to one of its snapshots: only what differs is written; a crash is resumed, always to the end.
+
+The journal's entry is opened before the first write. Whatever state a crash leaves the disk in, resuming compares all
+of it with the snapshot, writes what still differs, and ends as an undisturbed rollback does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hvsnap.capture.blockset import BlockSet
+from hvsnap.capture.pipeline import Meter
+from hvsnap.capture.plan import Selection, decide, groups
+from hvsnap.capture.reader import read_chunks, scan
+from hvsnap.catalog import chain
+from hvsnap.catalog.catalog import Catalog
+from hvsnap.errors import GuestRunning, HypervisorFailed, NotFound, Refused
+from hvsnap.happenings import EventType, disk_payload
+from hvsnap.hypervisor import images
+from hvsnap.hypervisor.images import ImageInfo
+from hvsnap.hypervisor.nbd_server import serve_image
+from hvsnap.model import PAGE_BLOCKS, Disk, DiskId, Method, Operation, Progress, Snapshot, SnapshotId, State
+from hvsnap.ports import Hypervisor, NbdExport, UInt64Array
+from hvsnap.restore.fill import Filler
+from hvsnap.restore.plan import add_difference
+from hvsnap.restore.writer import open_writer
+from hvsnap.store.blocks import PackedBlocks
+from hvsnap.store.codec import digest_blocks
+
+KIND = "rollback"
+
+Report = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackPlan:
+    """What a rollback would do: ``write_bytes`` from the store, ``zero_bytes`` zeroed; ``method`` is how it was found.
+
+    ``resized``: the disk's size is not the snapshot's, so that the file system must be grown again (SERVICE 6.6).
+    """
+
+    snapshot: SnapshotId
+    write_bytes: int
+    zero_bytes: int
+    method: Method
+    reason: str
+    resized: bool
+
+
+class Wanted:
+    """What a snapshot holds, page by page, within its own size."""
+
+    def __init__(self, catalog: Catalog, store: PackedBlocks, snapshot: Snapshot, pages: set[int]) -> None:
+        self.pages = pages
+        self._catalog = catalog
+        self._store = store
+        self._snapshot = snapshot
+        self._last: tuple[int, npt.NDArray[np.uint8]] | None = None
+
+    @classmethod
+    async def of(cls, catalog: Catalog, store: PackedBlocks, snapshot: Snapshot) -> Wanted:
+        """Return what ``snapshot`` holds."""
+        return cls(catalog, store, snapshot, set(await catalog.page_numbers(snapshot.id)))
+
+    async def view(self, page: int) -> UInt64Array:
+        """Return a page's block ids, without entries beyond the snapshot's end, left from when the disk was larger."""
+        if page not in self.pages:
+            return chain.blank()
+        view = await self._catalog.view(self._snapshot.id, page)
+        blocks = -(-self._snapshot.size_bytes // self._store.block_size) - page * PAGE_BLOCKS
+        view[max(0, blocks) :] = 0
+        return view
+
+    async def digests(self, page: int) -> npt.NDArray[np.uint8]:
+        """Return a page's digests, ``uint8[PAGE_BLOCKS, 32]``, zeroes for zero blocks; the last page is remembered."""
+        if self._last is None or self._last[0] != page:
+            self._last = (page, await self._store.digests(await self.view(page)))
+        return self._last[1]
+
+
+class Rollback:
+    """Rolls disks back. The caller keeps captures away from them, and makes the safety snapshot."""
+
+    def __init__(self, hypervisor: Hypervisor, catalog: Catalog, store: PackedBlocks, run_dir: str) -> None:
+        self._hypervisor = hypervisor
+        self._catalog = catalog
+        self._store = store
+        self._run_dir = run_dir
+
+    async def plan(self, disk_id: DiskId, snapshot_id: SnapshotId, report: Report) -> RollbackPlan:
+        """Return what would be written; nothing is touched. Raises as :meth:`run` does."""
+        disk, snapshot, info = await self._check(disk_id, snapshot_id)
+        differs, method, reason = await self._differs(disk, snapshot, info, report)
+        filler = Filler(self._catalog, self._store, snapshot)
+        stored, zero = await filler.count(filler.differing_writes(differs))
+        size = self._store.block_size
+        resized = info.size_bytes != snapshot.size_bytes
+        return RollbackPlan(snapshot.id, stored * size, zero * size, method, reason, resized)
+
+    async def run(self, disk_id: DiskId, snapshot_id: SnapshotId, report: Report) -> RollbackPlan:
+        """Bring the disk back to the snapshot.
+
+        Raises :class:`GuestRunning`, :class:`Refused` (another disk's snapshot, one that is not accomplished),
+        :class:`Damaged` before anything is written. From the first write on a failure leaves the journal's entry
+        open, and :meth:`resume` goes on.
+        """
+        disk, snapshot, info = await self._check(disk_id, snapshot_id)
+        differs, method, reason = await self._differs(disk, snapshot, info, report)
+        filler = Filler(self._catalog, self._store, snapshot)
+        stored, zero = await filler.count(filler.differing_writes(differs))
+        size = self._store.block_size
+        verified = Meter(snapshot.id, stored * size, lambda _progress: None)
+        await filler.verify(filler.differing_writes(differs), verified)
+        async with self._catalog.write() as tx:
+            facts = {"disk": disk.id, "snapshot": snapshot.id}
+            operation = await tx.open_operation(KIND, disk.guest_uuid, "writing", facts)
+            await tx.emit(EventType.ROLLBACK_STARTED, disk_payload(disk) | {"snapshot": snapshot.id})
+        await self._write(operation, disk, snapshot, info, differs, report)
+        return RollbackPlan(
+            snapshot.id, stored * size, zero * size, method, reason, info.size_bytes != snapshot.size_bytes
+        )
+
+    async def resume(self, operation: Operation, report: Report) -> None:
+        """Finish a rollback that was interrupted anywhere. Raises as :meth:`run` does; it may be called again."""
+        disk_id, snapshot_id = DiskId(str(operation.facts["disk"])), SnapshotId(str(operation.facts["snapshot"]))
+        disk, snapshot, info = await self._check(disk_id, snapshot_id)
+        differs = await self._compare(disk, snapshot, info, report)
+        await self._write(operation, disk, snapshot, info, differs, report)
+
+    # -- before -----------------------------------------------------------------------------------
+
+    async def _check(self, disk_id: DiskId, snapshot_id: SnapshotId) -> tuple[Disk, Snapshot, ImageInfo]:
+        disk = await self._catalog.disk(disk_id)
+        snapshot = await self._catalog.snapshot(snapshot_id)
+        if snapshot.disk != disk.id:
+            hint = f"make a new disk of it: `hvsnap disk-create {snapshot.id} TARGET`"
+            raise Refused(f"snapshot {snapshot.id} belongs to another disk ({snapshot.disk})", hint=hint)
+        if snapshot.state is not State.ACCOMPLISHED:
+            hint = "only accomplished snapshots can be restored"
+            raise Refused(f"snapshot {snapshot.id} is {snapshot.state}", hint=hint)
+        try:
+            guest = await self._hypervisor.guest(disk.guest_uuid)
+        except NotFound:
+            guest = None
+        if guest is not None and guest.active:
+            raise GuestRunning(f"guest {guest.name} is {guest.state}")
+        return disk, snapshot, await images.image_info(disk.source, disk.format)
+
+    async def _differs(
+        self, disk: Disk, snapshot: Snapshot, info: ImageInfo, report: Report
+    ) -> tuple[BlockSet, Method, str]:
+        """Return the blocks in which the disk may differ from the snapshot, and how that was found."""
+        head = await self._catalog.snapshot(disk.head) if disk.head else None
+        decision = decide(
+            disk,
+            {bitmap.name: bitmap for bitmap in info.bitmaps},
+            size_bytes=info.size_bytes,
+            head_size_bytes=None if head is None else head.size_bytes,
+            block_size=self._store.block_size,
+        )
+        if decision.bitmap is not None and head is not None:
+            try:
+                return await self._from_bitmap(disk, head, snapshot, decision.bitmap), Method.BITMAP, ""
+            except HypervisorFailed as error:
+                reason = f"the dirty bitmap could not be exported: {error.message}"
+                return await self._compare(disk, snapshot, info, report), Method.RESCAN, reason
+        return await self._compare(disk, snapshot, info, report), Method.RESCAN, decision.reason
+
+    async def _from_bitmap(self, disk: Disk, head: Snapshot, target: Snapshot, bitmap: str) -> BlockSet:
+        """Return what was written since the head, what its deletion carried over, and where head and target differ."""
+        async with serve_image(disk.source, disk.format, run_dir=self._run_dir, bitmap=bitmap) as export:
+            found = await asyncio.to_thread(scan, export, self._store.block_size)
+        differs = found.dirty
+        if differs is None:
+            raise HypervisorFailed(f"the bitmap {bitmap} was not exported")
+        for page, index in (await self._catalog.carry(disk.id)).items():
+            if page < differs.pages:
+                differs.add_index(page, index)
+        present = await Wanted.of(self._catalog, self._store, head)
+        wanted = await Wanted.of(self._catalog, self._store, target)
+        for page in sorted(present.pages | wanted.pages):
+            add_difference(differs, page, await present.view(page), await wanted.view(page))
+        return differs
+
+    async def _compare(self, disk: Disk, snapshot: Snapshot, info: ImageInfo, report: Report) -> BlockSet:
+        """Read the whole disk and return the blocks whose content is not the snapshot's."""
+        block_size = self._store.block_size
+        differs = BlockSet(-(-info.size_bytes // block_size))
+        wanted = await Wanted.of(self._catalog, self._store, snapshot)
+        async with serve_image(disk.source, disk.format, run_dir=self._run_dir) as export:
+            found = await asyncio.to_thread(scan, export, block_size)
+            # What holds no data differs where the snapshot has a block; what holds data is read and compared.
+            for page in sorted(wanted.pages):
+                if page < differs.pages:
+                    view = await wanted.view(page)
+                    view[found.data.page(page)] = 0
+                    add_difference(differs, page, chain.blank(), view)
+            meter = Meter(snapshot.id, found.data.count() * block_size, report)
+            await self._compare_data(export, found.data, wanted, info.size_bytes, differs, meter)
+        return differs
+
+    async def _compare_data(
+        self, export: NbdExport, data: BlockSet, wanted: Wanted, size_bytes: int, differs: BlockSet, meter: Meter
+    ) -> None:
+        key = self._store.repository.keys.block
+        block_size = self._store.block_size
+        work = (group for page in Selection(data, None).work() for group in groups(page))
+        async with read_chunks(export, size_bytes, block_size, work) as stream:
+            while (chunk := await stream.get()) is not None:
+                try:
+                    present = await asyncio.to_thread(digest_blocks, chunk.data, block_size, key)
+                finally:
+                    chunk.release()
+                digests = (await wanted.digests(chunk.page))[chunk.index]
+                zero = bytes(digests.shape[1])
+                wrong = [at for at in range(chunk.index.size) if present.get(at, zero) != digests[at].tobytes()]
+                differs.add_index(chunk.page, chunk.index[wrong])
+                meter.add(len(chunk.data))
+
+    # -- the writing ------------------------------------------------------------------------------
+
+    async def _write(
+        self,
+        operation: Operation,
+        disk: Disk,
+        snapshot: Snapshot,
+        info: ImageInfo,
+        differs: BlockSet,
+        report: Report,
+    ) -> None:
+        filler = Filler(self._catalog, self._store, snapshot)
+        stored, _zero = await filler.count(filler.differing_writes(differs))
+        meter = Meter(snapshot.id, stored * self._store.block_size, report)
+        serving = serve_image(disk.source, disk.format, run_dir=self._run_dir, read_only=False)
+        async with serving as export, open_writer(export) as writer:
+            await filler.fill(filler.differing_writes(differs), writer, info.size_bytes, meter)
+            await writer.finish()
+        bitmap = await self._renew_bitmap(operation, disk, info)
+        async with self._catalog.write() as tx:
+            await tx.update_disk(disk.id, head=snapshot.id, bitmap=bitmap, size_bytes=info.size_bytes)
+            await tx.clear_carry(disk.id)
+            await tx.emit(EventType.ROLLBACK_FINISHED, disk_payload(disk) | {"snapshot": snapshot.id})
+            await tx.close_operation(operation.id)
+
+    async def _renew_bitmap(self, operation: Operation, disk: Disk, info: ImageInfo) -> str | None:
+        """Start a bitmap that records from the state rolled back to; the one before is of no use any more."""
+        if not info.holds_bitmaps:
+            return None
+        name = f"hvsnap-{operation.id}"
+        present = {bitmap.name for bitmap in (await images.image_info(disk.source, disk.format)).bitmaps}
+        for stale in {name, disk.bitmap} & present:
+            await images.bitmap_remove(disk.source, str(stale))
+        await images.bitmap_add(disk.source, name, self._store.block_size)
+        return name
