@@ -27,8 +27,8 @@ class PageWrites:
 def page_writes(page: int, wanted: npt.NDArray[np.bool_], target: UInt64Array, snapshot_blocks: int) -> PageWrites:
     """Return what to write of a page: ``wanted`` (``bool[PAGE_BLOCKS]``) blocks, as the target's view has them.
 
-    Blocks from ``snapshot_blocks`` on get zeroes: the disk has grown since (SERVICE 6.6), and entries there are left from
-    a time when it was larger still.
+    Blocks from ``snapshot_blocks`` on get zeroes: the disk has grown since (SERVICE 6.6), and entries there are left
+    from a time when it was larger still.
     """
     index = np.flatnonzero(wanted)
     numbers = index + page * PAGE_BLOCKS
