@@ -8,7 +8,8 @@ from hvsnap import wire
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import Refused, SnapshotInUse, SnapshotUnknown
 from hvsnap.happenings import EventType, snapshot_payload
-from hvsnap.model import Disk, Snapshot, SnapshotId, State
+from hvsnap.model import Disk, Operation, Snapshot, SnapshotId, State
+from hvsnap.restore import rollback
 from hvsnap.service import views
 from hvsnap.service.freeing import plan_deletion
 from hvsnap.service.inventory import Inventory
@@ -19,8 +20,14 @@ LIST_MAX = 10_000
 ID_LENGTH_MAX = 64
 
 
-def check_unused(ids: Sequence[SnapshotId], progressing: Sequence[Snapshot]) -> None:
-    """Refuse a deletion that a running capture stands in the way of (SERVICE 4.6)."""
+def check_unused(ids: Sequence[SnapshotId], progressing: Sequence[Snapshot], journal: Sequence[Operation]) -> None:
+    """Refuse a deletion that a running capture or an open rollback stands in the way of (SERVICE 4.6)."""
+    for operation in journal:
+        if operation.kind == rollback.KIND and operation.facts.get("snapshot") in ids:
+            why = f"disk {operation.facts.get('disk')} is being rolled back to {operation.facts['snapshot']}"
+            raise SnapshotInUse(
+                why, hint="try again when that has ended; `hvsnap recover` goes on with an interrupted one"
+            )
     for snapshot in progressing:
         if snapshot.id in ids:
             hint = "wait for it, or end it with Ctrl-C where it was asked for"
@@ -93,7 +100,7 @@ class Snapshots:
         rows = [await self.row(name) for name in dict.fromkeys(ids)]
         wanted = [row.id for row in rows]
         with self._uses.hold_for_deletion(wanted):
-            check_unused(wanted, await self._catalog.snapshots(state=State.PROGRESSING))
+            await self._check_unused(wanted)
             plan = await plan_deletion(self._catalog, wanted)
             if not dry_run:
                 await self._delete(rows)
@@ -105,10 +112,13 @@ class Snapshots:
         disks = {row.disk: await self._catalog.disk(row.disk) for row in rows}
         async with self._catalog.write() as tx:
             # Again, now that no capture can begin or end: one that began since the first look has its row by now.
-            check_unused(wanted, await self._catalog.snapshots(state=State.PROGRESSING))
+            await self._check_unused(wanted)
             for row in rows:
                 await tx.delete_snapshot(row.id)
                 await tx.emit(EventType.SNAPSHOT_DELETED, snapshot_payload(disks[row.disk], row))
+
+    async def _check_unused(self, ids: Sequence[SnapshotId]) -> None:
+        check_unused(ids, await self._catalog.snapshots(state=State.PROGRESSING), await self._catalog.operations())
 
     def _view(self, row: Snapshot, disk: Disk) -> wire.Snapshot:
         return views.snapshot(row, disk, self._captures.progress(row.id))

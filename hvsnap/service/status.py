@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 from collections.abc import Callable
 
-from hvsnap import wire
+from hvsnap import __version__, wire
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import HvsnapError
 from hvsnap.model import State
@@ -45,7 +44,7 @@ class StatusBoard:
         """Return the status; a hypervisor that does not answer is part of it."""
         snapshots = await self._catalog.snapshots(state=State.ACCOMPLISHED)
         return wire.Status(
-            version=importlib.metadata.version("hvsnap"),
+            version=__version__,
             host_id=self._host_id,
             started_at=when(self._started_at),
             uptime_s=max(0.0, self._clock.now() - self._started_at),

@@ -50,11 +50,16 @@ class TaskRun:
         self.view = view
         self.task: asyncio.Task[None] | None = None
         self.cancelled = False
+        self.no_return = ""
         self._publisher = publisher
 
     def step(self, text: str) -> None:
         """Say what is being done now, in a few words for people."""
         self.view = replace(self.view, step=text)
+
+    def final(self, why: str) -> None:
+        """Say that the work cannot be cancelled any more, and why; the daemon's own end still interrupts it."""
+        self.no_return = why
 
     def progress(self, progress: Progress) -> None:
         """Say how far the bytes are; whatever the progress was called, it is the task's."""
@@ -118,6 +123,8 @@ class Tasks:
         if run is None:
             view = self.get(task_id)
             raise Refused(f"task {view.id} is {view.state} already", hint="nothing is left to cancel")
+        if run.no_return:
+            raise Refused(f"task {task_id} cannot be cancelled any more", hint=run.no_return)
         self._cancel(run)
         return run.view
 
@@ -167,7 +174,7 @@ class Tasks:
     def _ended(self, run: TaskRun) -> None:
         """Settle a task that ended without saying how: it was cancelled."""
         if run.view.state is TaskState.RUNNING:
-            error = Failed("it was cancelled", hint="nothing half is left")
+            error = Failed("it was cancelled")
             self._end(run, TaskState.CANCELLED, error=error)
 
     def _end(self, run: TaskRun, state: TaskState, *, error: HvsnapError | None = None, result: object = None) -> None:

@@ -14,12 +14,12 @@ from hvsnap.model import DiskId, SnapshotId
 
 
 class Uses:
-    """Holds on snapshots (shared, or exclusive for deletion) and on disks (exclusive)."""
+    """Holds on snapshots (shared, or exclusive for deletion), on disks and paths (exclusive)."""
 
     def __init__(self) -> None:
         self._shared: dict[SnapshotId, list[str]] = {}
         self._exclusive: dict[SnapshotId, str] = {}
-        self._disks: dict[DiskId, str] = {}
+        self._held: dict[str, str] = {}
 
     @contextlib.contextmanager
     def hold_snapshot(self, snapshot: SnapshotId, use: str) -> Iterator[None]:
@@ -57,14 +57,33 @@ class Uses:
     def hold_disk(self, disk: DiskId, use: str) -> Iterator[None]:
         """Keep a disk for oneself; raises :class:`Busy` with the use if somebody has it."""
         self.check_disk(disk)
-        self._disks[disk] = use
-        try:
+        with self._hold(disk, use):
             yield
-        finally:
-            del self._disks[disk]
 
     def check_disk(self, disk: DiskId) -> None:
         """Raise :class:`Busy`, naming the use, if a disk is held."""
-        use = self._disks.get(disk)
+        self._check(disk, f"disk {disk}")
+
+    @contextlib.contextmanager
+    def hold_path(self, path: str, use: str) -> Iterator[None]:
+        """Keep the path of a disk that is being made for oneself; raises :class:`Busy` if somebody has it."""
+        self._check(path, path)
+        with self._hold(path, use):
+            yield
+
+    def held(self) -> set[str]:
+        """Return the disks and paths that are held."""
+        return set(self._held)
+
+    def _check(self, key: str, shown: str) -> None:
+        use = self._held.get(key)
         if use is not None:
-            raise Busy(f"disk {disk} is {use}", hint="try again when that has ended")
+            raise Busy(f"{shown} is {use}", hint="try again when that has ended")
+
+    @contextlib.contextmanager
+    def _hold(self, key: str, use: str) -> Iterator[None]:
+        self._held[key] = use
+        try:
+            yield
+        finally:
+            del self._held[key]

@@ -1,0 +1,245 @@
+"""HTTP over the service: routes, one call each, one form for every error. :mod:`hvsnap.wire` lists the endpoints."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from fastapi import APIRouter, FastAPI, Header, Path, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+
+from hvsnap import wire
+from hvsnap.api_limits import Guard
+from hvsnap.errors import BadRequest, HvsnapError, NotFound
+from hvsnap.model import Event, Progress, State
+from hvsnap.service import views
+from hvsnap.service.requests import DiskRequest, RollbackRequest, SnapshotRequest
+from hvsnap.service.service import Service
+
+SEQUENCE_MAX = 2**63 - 1
+MESSAGES_MAX = 3
+
+Name = Annotated[str, Query(max_length=4096)]
+Id = Annotated[str, Path(max_length=4096)]
+Sequence = Annotated[int | None, Query(ge=0, le=SEQUENCE_MAX)]
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": wire.Error, "description": "Refused; nothing was changed"},
+    "5XX": {"model": wire.Error, "description": "Failed"},
+}
+
+
+def create_app(service: Service) -> FastAPI:
+    """Return the application; it holds nothing but the service."""
+    app = FastAPI(
+        title="hvsnap",
+        summary="Snapshots of running KVM guests",
+        version="1",
+        # Both pages load scripts from elsewhere, which a socket on the host has no business with.
+        docs_url=None,
+        redoc_url=None,
+        generate_unique_id_function=_operation_id,
+        responses=ERRORS,
+    )
+    app.include_router(_snapshots(service), prefix=wire.API, tags=["snapshots"])
+    app.include_router(_disks(service), prefix=wire.API, tags=["disks"])
+    app.include_router(_daemon(service), prefix=wire.API, tags=["daemon"])
+    app.add_exception_handler(HvsnapError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_middleware(Guard)
+    return app
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name
+
+
+# -- routes ---------------------------------------------------------------------------------------
+
+
+def _snapshots(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/snapshots")
+    async def list_snapshots(
+        guest: Name = "",
+        disk: Name = "",
+        state: State | None = None,
+        limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+    ) -> wire.SnapshotList:
+        return await service.snapshots.listing(guest=guest, disk=disk, state=state, limit=limit)
+
+    @router.get("/snapshots/{id}")
+    async def get_snapshot(id: Id) -> wire.Snapshot:
+        return await service.snapshots.info(id)
+
+    @router.post("/snapshots", status_code=202)
+    async def create_snapshots(body: wire.SnapshotCreate) -> wire.SnapshotList:
+        request = SnapshotRequest(
+            guest=body.guest,
+            disks=tuple(body.disks),
+            name=body.name,
+            description=body.description,
+            tags=body.tags,
+            consistency=body.consistency,
+            group=body.group,
+            wait=body.wait,
+        )
+        return await service.snapshots.views(await service.captures.create(request))
+
+    @router.post("/snapshots/{id}/cancel", status_code=202)
+    async def cancel_snapshot(id: Id) -> wire.Snapshot:
+        return await service.snapshots.cancel(id)
+
+    @router.post("/snapshots/delete")
+    async def delete_snapshots(body: wire.SnapshotDelete) -> wire.Deletion:
+        return await service.snapshots.delete(body.ids, dry_run=body.dry_run)
+
+    @router.get("/chains")
+    async def list_chains() -> wire.ChainList:
+        return await service.chains.listing()
+
+    @router.get("/chains/{disk:path}")
+    async def get_chain(disk: Id) -> wire.Chain:
+        return await service.chains.info(disk)
+
+    return router
+
+
+def _disks(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/guests")
+    async def list_guests() -> wire.GuestList:
+        return await service.guests.listing()
+
+    @router.post("/disks", status_code=202)
+    async def create_disk(body: wire.DiskCreate) -> wire.Task:
+        request = DiskRequest(snapshot=body.snapshot, path=body.path, format=body.format)
+        return views.task(await service.disks.create(request))
+
+    @router.post("/disks/{disk:path}/rollback", status_code=202, responses={200: {"model": wire.RollbackAnswer}})
+    async def rollback_disk(disk: Id, body: wire.Rollback, response: Response) -> wire.RollbackAnswer:
+        request = RollbackRequest(
+            disk=disk,
+            snapshot=body.snapshot,
+            stop=body.stop,
+            start=body.start,
+            safety_snapshot=body.safety_snapshot,
+        )
+        if body.dry_run:
+            response.status_code = 200
+            return wire.RollbackAnswer(plan=await service.disks.plan_rollback(request), task=None)
+        plan, task = await service.disks.rollback(request)
+        return wire.RollbackAnswer(plan=plan, task=views.task(task))
+
+    @router.get("/tasks")
+    async def list_tasks() -> wire.TaskList:
+        return wire.TaskList(tasks=[views.task(task) for task in service.tasks.all()])
+
+    @router.get("/tasks/{id}")
+    async def get_task(id: Id) -> wire.Task:
+        return views.task(service.tasks.get(id))
+
+    @router.post("/tasks/{id}/cancel", status_code=202)
+    async def cancel_task(id: Id) -> wire.Task:
+        return views.task(service.tasks.cancel(id))
+
+    return router
+
+
+def _daemon(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/status")
+    async def get_status() -> wire.Status:
+        return await service.status.status()
+
+    @router.get("/doctor")
+    async def examine() -> wire.DoctorReport:
+        return await service.doctor.examine()
+
+    @router.post("/recover")
+    async def recover() -> wire.Recovery:
+        return await service.recovery.recover()
+
+    text: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
+
+    @router.get("/events", response_class=StreamingResponse, responses={200: {"content": text}})
+    async def follow_events(
+        guest: Name = "",
+        since: Sequence = None,
+        last_event_id: Annotated[str | None, Header(max_length=32)] = None,
+    ) -> StreamingResponse:
+        items = service.feed.open(_resume_after(last_event_id, since), guest)
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return StreamingResponse(_event_stream(items), media_type="text/event-stream", headers=headers)
+
+    return router
+
+
+# -- the event stream -----------------------------------------------------------------------------
+
+
+def _resume_after(last_event_id: str | None, since: int | None) -> int | None:
+    """Return the sequence to go on after: a reader that comes back knows better than its first address."""
+    if not last_event_id:
+        return since
+    if not last_event_id.isascii() or not last_event_id.isdigit() or int(last_event_id) > SEQUENCE_MAX:
+        raise BadRequest("Last-Event-ID is not a sequence number", hint="send the id of the last event as it came")
+    return int(last_event_id)
+
+
+async def _event_stream(items: AsyncIterator[Event | Progress | None]) -> AsyncIterator[bytes]:
+    """Yield items as server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
+    # At once: whoever connects learns that the stream stands before anything happens.
+    yield b": keep-alive\n\n"
+    async with aclosing(items) as open_items:  # type: ignore[type-var]
+        async for item in open_items:
+            if item is None:
+                yield b": keep-alive\n\n"
+            elif isinstance(item, Event):
+                data = views.event(item).model_dump_json()
+                yield f"id: {item.sequence}\nevent: event\ndata: {data}\n\n".encode()
+            else:
+                yield f"event: progress\ndata: {views.progress(item).model_dump_json()}\n\n".encode()
+
+
+# -- errors ---------------------------------------------------------------------------------------
+
+
+def error_response(error: HvsnapError, status: int | None = None) -> JSONResponse:
+    """Return an error in the form that all errors have."""
+    body = wire.Error.of(error).model_dump(mode="json")
+    return JSONResponse(body, error.http_status if status is None else status)
+
+
+async def _on_error(_request: Request, error: Exception) -> Response:
+    if not isinstance(error, HvsnapError):
+        raise error
+    return error_response(error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """Answer for a path or a method that does not exist, and for a body that is no JSON."""
+    if not isinstance(error, HTTPException):
+        raise error
+    hint = "the endpoints stand in /openapi.json"
+    if error.status_code == 404:
+        return error_response(NotFound(f"there is nothing at {request.url.path[:100]}", hint=hint))
+    return error_response(BadRequest(str(error.detail), hint=hint), error.status_code)
+
+
+async def _on_invalid(_request: Request, error: Exception) -> Response:
+    """Name the parts of a request that are wrong, without repeating what they held."""
+    if not isinstance(error, RequestValidationError):
+        raise error
+    problems = [f"{'.'.join(map(str, one['loc']))[:100]}: {one['msg'][:200]}" for one in error.errors()[:MESSAGES_MAX]]
+    more = len(error.errors()) - MESSAGES_MAX
+    text = "; ".join(problems) + (f"; and {more} more" if more > 0 else "")
+    return error_response(BadRequest(f"the request is wrong: {text}", hint="its form stands in /openapi.json"))

@@ -1,0 +1,32 @@
+"""All use cases in one value: what the API is built over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hvsnap.service.chains import Chains
+from hvsnap.service.disks import Disks
+from hvsnap.service.doctor import Doctor
+from hvsnap.service.feed import Feed
+from hvsnap.service.guests import Guests
+from hvsnap.service.recovery import Recovery
+from hvsnap.service.requests import CapturesPort
+from hvsnap.service.snapshots import Snapshots
+from hvsnap.service.status import StatusBoard
+from hvsnap.service.tasks import Tasks
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The rooms of the service, put together by the daemon."""
+
+    guests: Guests
+    snapshots: Snapshots
+    captures: CapturesPort
+    chains: Chains
+    disks: Disks
+    tasks: Tasks
+    doctor: Doctor
+    recovery: Recovery
+    status: StatusBoard
+    feed: Feed
