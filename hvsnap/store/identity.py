@@ -87,7 +87,7 @@ def encode_document(head: ManifestHead) -> bytes:
         "disk": {key: getattr(disk, key) for key in (*_DISK_KEYS, "size_bytes", "system", "created_at")},
         "domain_xml": head.domain_xml,
     }
-    return json.dumps(values, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    return json.dumps(values, separators=(",", ":"), allow_nan=False).encode()
 
 
 def decode_document(document: bytes, name: str) -> ManifestHead:
