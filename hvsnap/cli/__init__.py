@@ -1,0 +1,1 @@
+"""The command line: it talks to the daemon over its Unix socket, and knows no rule of its own."""
