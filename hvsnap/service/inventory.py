@@ -15,6 +15,7 @@ from typing import Any
 from hvsnap.capture.facts import KIND, CaptureFacts
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import BadRequest, DiskUnknown, GuestUnknown, NoEligibleDisk
+from hvsnap.happenings import EventType, disk_payload
 from hvsnap.model import Disk, DiskId, DiskView, GuestView, Layer, Operation, new_id
 from hvsnap.ports import Clock, Hypervisor
 
@@ -224,6 +225,7 @@ class Inventory:
                 created_at=self._clock.now(),
             )
             await tx.add_disk(disk)
+            await tx.emit(EventType.DISK_ATTACHED, disk_payload(disk))
             return disk
 
     async def disk(self, name: str, *, guest: str = "") -> Disk:

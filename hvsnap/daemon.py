@@ -1,0 +1,361 @@
+"""The daemon: the only place that knows every room, and puts them together.
+
+Its start: open the catalog (which locks the state directory) and the store, settle what the journal shows against what
+the hypervisor really shows, attach to guests, answer on the socket, tell systemd. Its end: refuse new work, bring open
+captures to a safe state within :data:`SHUTDOWN_S`, say so to whoever listens, close everything in reverse.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hvsnap import __version__, wire
+from hvsnap.api import create_app
+from hvsnap.capture.space import SpaceLimits
+from hvsnap.catalog.catalog import Catalog
+from hvsnap.config import Settings
+from hvsnap.errors import Failed, HvsnapError
+from hvsnap.happenings import EventType
+from hvsnap.hypervisor import images
+from hvsnap.hypervisor.libvirt import LibvirtHypervisor
+from hvsnap.model import Event, Progress
+from hvsnap.ports import Publisher
+from hvsnap.restore.disk import DiskMaker
+from hvsnap.restore.rollback import Rollback
+from hvsnap.server import HttpServer, listen
+from hvsnap.service.attendance import Attendance
+from hvsnap.service.captures import Captures, CaptureSettings
+from hvsnap.service.chains import Chains
+from hvsnap.service.disks import Disks
+from hvsnap.service.doctor import Doctor, Place
+from hvsnap.service.feed import Feed, newest_sequence
+from hvsnap.service.guests import Guests
+from hvsnap.service.inventory import Inventory
+from hvsnap.service.recovery import Recovery, RestoreRecovery
+from hvsnap.service.service import Service
+from hvsnap.service.snapshots import Snapshots
+from hvsnap.service.status import StatusBoard
+from hvsnap.service.tasks import Tasks
+from hvsnap.service.uses import Uses
+from hvsnap.store.blocks import PackedBlocks, open_store
+from hvsnap.store.objects import LocalObjects
+
+log = logging.getLogger(__name__)
+
+SHUTDOWN_S = 25.0
+"""Open captures get this long to bring their guests back; the rest of the end needs a few seconds more."""
+
+CLOSE_S = 5.0
+EVENTS_KEPT = 50_000
+"""Events that are remembered once they are published: some weeks of a busy host, 20 MiB."""
+
+TRIM_S = 600.0
+
+
+class SystemClock:
+    """Tells the time of the host."""
+
+    def now(self) -> float:
+        """Return seconds since the epoch, UTC."""
+        return time.time()
+
+
+@dataclass
+class Announcer:
+    """Passes what happens on to everybody who listens; they are known later than those who announce."""
+
+    listeners: list[Publisher] = field(default_factory=list)
+
+    def event(self, event: Event) -> None:
+        """Announce a committed event."""
+        for listener in self.listeners:
+            listener.event(event)
+
+    def progress(self, progress: Progress) -> None:
+        """Announce progress."""
+        for listener in self.listeners:
+            listener.progress(progress)
+
+
+@dataclass(frozen=True)
+class House:
+    """Everything that runs, put together."""
+
+    settings: Settings
+    catalog: Catalog
+    hypervisor: LibvirtHypervisor
+    attendance: Attendance
+    captures: Captures
+    restores: RestoreRecovery
+    service: Service
+
+
+# -- putting together -----------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def assembled(settings: Settings) -> AsyncIterator[House]:
+    """Open catalog and store, and put the rooms together; all is closed again at the end.
+
+    Raises :class:`StoreBusy` when another process has the state directory, and what opening catalog and store raises.
+    """
+    clock = SystemClock()
+    async with contextlib.AsyncExitStack() as stack:
+        catalog = await Catalog.open(Path(settings.state_dir), clock)
+        stack.push_async_callback(catalog.close)
+        objects = LocalObjects(settings.store.path)
+        stack.callback(objects.close)
+        await objects.clean_temporaries()
+        store = await open_store(objects, catalog, compression=settings.capture.compression)
+        stack.push_async_callback(store.close)
+        private = await asyncio.to_thread(_private_directory, settings.run_dir)
+        attendance = Attendance(catalog)
+        hypervisor = LibvirtHypervisor(settings.hypervisor.libvirt_uri, attendance.lifecycle)
+        stack.push_async_callback(_close_in_time, hypervisor)
+        try:
+            async with asyncio.TaskGroup() as group:
+                yield await _furnish(settings, group, clock, catalog, store, hypervisor, attendance, str(private))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
+
+
+async def _furnish(
+    settings: Settings,
+    group: asyncio.TaskGroup,
+    clock: SystemClock,
+    catalog: Catalog,
+    store: PackedBlocks,
+    hypervisor: LibvirtHypervisor,
+    attendance: Attendance,
+    private: str,
+) -> House:
+    announcer = Announcer()
+    catalog.on_event.append(announcer.event)
+    uses = Uses()
+    inventory = Inventory(hypervisor, catalog, clock)
+    attendance.look_at(hypervisor)
+    tasks = Tasks(group, clock, announcer)
+    feed = Feed(catalog, tasks, await newest_sequence(catalog))
+    announcer.listeners.append(feed)
+    captures = Captures(
+        group, hypervisor, catalog, store, inventory, uses, announcer, clock, _capture_settings(settings, private)
+    )
+    maker, roller = DiskMaker(catalog, store, private), Rollback(hypervisor, catalog, store, private)
+    restores = RestoreRecovery(catalog, maker, roller, uses)
+    snapshots = Snapshots(catalog, inventory, captures, uses)
+    guests = Guests(inventory, hypervisor, catalog, captures, images.image_info)
+    limit = settings.limits.snapshots_per_disk
+    own = [settings.state_dir, str(settings.store.path), str(settings.run_dir)]
+    mqtt_status = _no_mqtt
+    service = Service(
+        guests=guests,
+        snapshots=snapshots,
+        captures=captures,
+        chains=Chains(catalog, inventory, captures, snapshots_max=limit),
+        disks=Disks(
+            hypervisor,
+            catalog,
+            inventory,
+            snapshots,
+            captures,
+            tasks,
+            uses,
+            maker,
+            roller,
+            snapshots_max=limit,
+            own_directories=own,
+        ),
+        tasks=tasks,
+        doctor=Doctor(
+            places(settings),
+            settings.hypervisor.libvirt_uri,
+            hypervisor,
+            catalog,
+            inventory,
+            guests,
+            captures.busy_disks,
+            mqtt_status,
+        ),
+        recovery=Recovery(catalog, [captures.recover, restores.recover]),
+        status=StatusBoard(settings.host_id, hypervisor, catalog, captures, tasks, mqtt_status, clock),
+        feed=feed,
+    )
+    return House(settings, catalog, hypervisor, attendance, captures, restores, service)
+
+
+def _capture_settings(settings: Settings, private: str) -> CaptureSettings:
+    capture = settings.capture
+    return CaptureSettings(
+        run_dir=private,
+        overlay_dir=capture.overlay_dir,
+        parallel=capture.parallel,
+        snapshots_per_disk=settings.limits.snapshots_per_disk,
+        freeze_timeout_s=capture.freeze_timeout_s,
+        space=SpaceLimits(capture.space_reserve_bytes, capture.overlay_limit_bytes),
+    )
+
+
+def places(settings: Settings) -> list[Place]:
+    """Return the directories that hvsnap uses, as the doctor looks at them."""
+    found = [
+        Place("state-dir", "state directory", settings.state_dir, private=True),
+        Place("store", "store", str(settings.store.path), private=True),
+    ]
+    if settings.capture.overlay_dir:
+        found.append(Place("overlay-dir", "directory of overlays", settings.capture.overlay_dir, private=False))
+    return found
+
+
+def _no_mqtt() -> wire.MqttStatus:
+    return wire.MqttStatus(configured=False, connected=False, pending=0, error="")
+
+
+def _private_directory(run_dir: Path) -> Path:
+    """Make the directory of the NBD sockets: whoever could connect there would read disks. Blocking."""
+    private = run_dir / "nbd"
+    try:
+        run_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
+        private.mkdir(mode=0o700, exist_ok=True)
+        private.chmod(0o700)
+        for stale in private.glob("nbd-*.sock"):
+            stale.unlink(missing_ok=True)
+    except OSError as error:
+        hint = "check `socket` in the configuration, and the permissions of its directory"
+        raise Failed(f"cannot use {private}: {error.strerror}", hint=hint) from error
+    return private
+
+
+async def _close_in_time(hypervisor: LibvirtHypervisor) -> None:
+    """Close the connection; a libvirtd that hangs is not waited for."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(hypervisor.close(), CLOSE_S)
+
+
+# -- running --------------------------------------------------------------------------------------
+
+
+def run(settings: Settings) -> None:
+    """Run the daemon in the foreground until SIGTERM or SIGINT. Raises :class:`HvsnapError` when it cannot start."""
+    set_up_logging()
+    asyncio.run(_run_until_signal(settings))
+
+
+def recover(settings: Settings) -> wire.Recovery:
+    """Settle what a crash left open, without a daemon. Raises :class:`StoreBusy` when one is running."""
+
+    async def work() -> wire.Recovery:
+        async with assembled(settings) as house:
+            return await house.service.recovery.recover()
+
+    return asyncio.run(work())
+
+
+def set_up_logging() -> None:
+    """Log to standard error; the journal adds the time itself."""
+    form = "%(levelname)s %(name)s: %(message)s"
+    if "JOURNAL_STREAM" not in os.environ:
+        form = f"%(asctime)s {form}"
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=form)
+
+
+async def _run_until_signal(settings: Settings) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await serve(settings, stop)
+
+
+async def serve(settings: Settings, stop: asyncio.Event, ready: Callable[[], None] = lambda: None) -> None:
+    """Run until ``stop`` is set; ``ready`` is called once the socket answers."""
+    async with assembled(settings) as house:
+        await _settle_at_start(house)
+        listening = await asyncio.to_thread(listen, Path(settings.socket), settings.socket_group)
+        server = HttpServer(create_app(house.service), listening)
+        loops = [
+            asyncio.create_task(house.captures.recover_loop(), name="recover-captures"),
+            asyncio.create_task(house.restores.recover_loop(), name="recover-restores"),
+            asyncio.create_task(house.attendance.run(), name="attendance"),
+            asyncio.create_task(house.hypervisor.connection.reconnect_loop(house.attendance.wake), name="libvirt"),
+            asyncio.create_task(_trim_events(house.catalog), name="trim-events"),
+        ]
+        serving = asyncio.create_task(server.serve(), name="http")
+        try:
+            await server.started()
+            async with house.catalog.write() as tx:
+                await tx.emit(EventType.DAEMON_ONLINE, {"host": settings.host_id, "version": __version__})
+            ready()
+            notify("READY=1")
+            log.info("hvsnap %s answers at %s", __version__, settings.socket)
+            await _until_stopped(stop, serving, loops)
+        finally:
+            notify("STOPPING=1")
+            await asyncio.shield(_end(house, server, serving, loops))
+
+
+async def _settle_at_start(house: House) -> None:
+    """Settle what a crash left open; what cannot be settled yet is tried again, and does not keep the daemon away."""
+    answer = await house.service.recovery.recover()
+    for one in answer.operations:
+        log.info("%s %s of %s: %s (%s)", one.kind, one.id, one.guest, one.outcome, one.detail)
+
+
+async def _until_stopped(stop: asyncio.Event, serving: asyncio.Task[None], loops: list[asyncio.Task[None]]) -> None:
+    """Wait for the signal; a loop that dies is a fault, and ends the daemon rather than leaving it half alive."""
+    stopping = asyncio.create_task(stop.wait(), name="stop")
+    try:
+        done, _rest = await asyncio.wait([stopping, serving, *loops], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+    for task in done - {stopping}:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            raise error
+        raise Failed(f"the daemon's part {task.get_name()} ended by itself")
+
+
+async def _end(house: House, server: HttpServer, serving: asyncio.Task[None], loops: list[asyncio.Task[None]]) -> None:
+    """Refuse new work, make guests safe, tell the listeners, stop answering."""
+    service = house.service
+    service.status.stopping = True
+    for task in loops:
+        task.cancel()
+    await asyncio.gather(*loops, return_exceptions=True)
+    await asyncio.gather(house.captures.shutdown(SHUTDOWN_S), service.tasks.shutdown(SHUTDOWN_S))
+    with contextlib.suppress(HvsnapError):
+        async with house.catalog.write() as tx:
+            await tx.emit(EventType.DAEMON_OFFLINE, {"host": house.settings.host_id, "version": __version__})
+    service.feed.close()
+    server.stop()
+    await asyncio.gather(serving, return_exceptions=True)
+    log.info("hvsnap has ended")
+
+
+async def _trim_events(catalog: Catalog) -> None:
+    """Forget the oldest events now and then."""
+    while True:
+        with contextlib.suppress(HvsnapError):  # a full device: it is tried again
+            async with catalog.write() as tx:
+                lost = await tx.trim_events(EVENTS_KEPT)
+            if lost:
+                log.warning("%d events were forgotten before the broker had them", lost)
+        await asyncio.sleep(TRIM_S)
+
+
+def notify(state: str) -> None:
+    """Tell systemd (sd_notify(3)); nothing happens where it did not start us."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.connect("\0" + address[1:] if address.startswith("@") else address)
+        channel.send(state.encode())
