@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,21 @@ import pytest
 from hvsnap.errors import NotFound, ObjectExists, StoreFailed
 from hvsnap.ports import ObjectStore
 from hvsnap.store.objects import LocalObjects
+from hvsnap.store.s3 import S3Objects
+from tests.ceph import Ceph
+from tests.contract.conftest import BUCKET
 from tests.store_kit import MemoryObjects
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "ceph"])
 def objects(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
-    return LocalObjects(tmp_path / "store") if request.param == "local" else MemoryObjects()
+    if request.param == "memory":
+        return MemoryObjects()
+    if request.param == "local":
+        return LocalObjects(tmp_path / "store")
+    ceph: Ceph = request.getfixturevalue("ceph")
+    # A prefix of its own for each test, in the one bucket.
+    return S3Objects(ceph.place(BUCKET, f"test/{uuid.uuid4().hex}"), tmp_path)
 
 
 async def names(objects: ObjectStore, prefix: str = "") -> list[str]:
