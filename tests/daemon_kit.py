@@ -25,6 +25,8 @@ CAPTURE_TIMEOUT_S = 180.0
 class Daemon:
     """``hvsnap daemon`` with its configuration, state, store and socket below ``directory``."""
 
+    module = "tests.run_daemon"
+
     def __init__(self, directory: Path, libvirt_uri: str, **config: str) -> None:
         self.directory = directory
         self.socket = directory / "run" / "hvsnap.sock"
@@ -52,7 +54,7 @@ class Daemon:
 
     def start(self, *arguments: str, wait: bool = True, environment: dict[str, str] | None = None) -> Daemon:
         """Start it; ``arguments`` are for :mod:`tests.faults.killing_daemon` instead of the plain one."""
-        module = ["-m", "tests.faults.killing_daemon", *arguments] if arguments else ["-m", "tests.run_daemon"]
+        module = ["-m", "tests.faults.killing_daemon", *arguments] if arguments else ["-m", self.module]
         with self.log.open("ab") as out:
             self._process = subprocess.Popen(
                 [sys.executable, *module, str(self.config)],
