@@ -1,0 +1,159 @@
+"""One writer per repository: a lease in the repository itself, that a dead holder loses and a living one keeps.
+
+The lease is a sequence of small objects, ``lease/NUMBER``. Whoever creates the next number holds the lease, and renews
+it by creating the next one again. Creating is exclusive in every object store, so the numbers settle all races, without
+clocks that agree, and without any other kind of conditional write. A holder that finds its next number taken has lost
+the lease, and stops at once. Format: docs/format.md, "Lease".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from dataclasses import asdict, dataclass
+
+from hvsnap.errors import NotFound, ObjectExists, StoreBusy, StoreFailed
+from hvsnap.ports import ObjectStore
+
+LEASE = "lease"
+TTL_S = 60.0
+"""A lease that was not renewed for so long may be taken by another writer."""
+
+RENEWALS_PER_TTL = 3
+POLL_S_MAX = 2.0
+DIGITS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """What one object of the lease says. ``nonce`` makes every term another one, so that none is taken for another."""
+
+    holder: str
+    host: str
+    ttl_s: float
+    released: bool
+    nonce: str
+
+    def encode(self) -> bytes:
+        """Return the object's bytes."""
+        return json.dumps({"format": "hvsnap-lease", "version": 1, **asdict(self)}).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Term:
+        """Return what an object says; one that cannot be read counts as held by somebody unknown."""
+        try:
+            raw = json.loads(data)
+            return cls(str(raw["holder"]), str(raw["host"]), float(raw["ttl_s"]), raw["released"] is True, "")
+        except (ValueError, KeyError, TypeError):
+            return cls("?", "an unknown host", TTL_S, False, "")
+
+
+class WriterLease:
+    """The lease of one repository for ``holder``, who is unique and stays the same over restarts."""
+
+    def __init__(self, objects: ObjectStore, holder: str, host: str, *, ttl_s: float = TTL_S) -> None:
+        self._objects = objects
+        self._holder = holder
+        self._host = host
+        self._ttl_s = ttl_s
+        self._number = 0
+        self._renewed_at = 0.0
+
+    @property
+    def certain(self) -> bool:
+        """Whether nobody else can have taken the lease: asked before anything is removed from the repository."""
+        return self._number > 0 and time.monotonic() - self._renewed_at < self._ttl_s
+
+    async def acquire(self) -> None:
+        """Take the lease: at once where it is free or was our own, else when its holder has let it expire.
+
+        Raises :class:`StoreBusy` when the holder is alive, :class:`StoreFailed` when the store does not answer.
+        """
+        number, term = await self._latest()
+        if term is not None and not term.released and term.holder != self._holder:
+            await self._await_expiry(number, term)
+        try:
+            await self._create(number + 1)
+        except ObjectExists as error:
+            raise _busy((await self._latest())[1]) from error
+        await self._forget_before(self._number)
+
+    async def keep(self) -> None:
+        """Renew until cancelled. Raises :class:`StoreBusy` when another writer has taken the lease over."""
+        while True:
+            await asyncio.sleep(self._ttl_s / RENEWALS_PER_TTL)
+            try:
+                await self._create(self._number + 1)
+                await self._forget_before(self._number)
+            except ObjectExists as error:
+                raise _busy((await self._latest())[1]) from error
+            except StoreFailed:
+                # Nobody is sure of the lease meanwhile, so nothing is removed; what is written harms nobody.
+                continue
+
+    async def release(self) -> None:
+        """Let the next writer begin at once. One that has been lost, or cannot be reached, is left as it is."""
+        if self._number:
+            try:
+                await self._create(self._number + 1, released=True)
+                await self._forget_before(self._number)
+            except (StoreFailed, NotFound):
+                pass
+            self._number = 0
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    async def _create(self, number: int, *, released: bool = False) -> None:
+        """Begin the next term; it counts from before the request, whenever that took effect."""
+        asked_at = time.monotonic()
+        term = Term(self._holder, self._host, self._ttl_s, released, secrets.token_hex(16))
+        await self._objects.put(_name(number), term.encode())
+        self._number, self._renewed_at = number, asked_at
+
+    async def _latest(self) -> tuple[int, Term | None]:
+        """Return the newest term and its number; 0 and None if there is none."""
+        newest = ""
+        async for item in self._objects.list(LEASE):
+            newest = item.name
+        if not newest:
+            return 0, None
+        try:
+            return _number(newest), Term.decode(await self._objects.get(newest))
+        except NotFound:  # renewed, and tidied up, since it was listed
+            return await self._latest()
+
+    async def _await_expiry(self, number: int, term: Term) -> None:
+        """Return when a foreign lease has not been renewed for its whole time, by our own clock."""
+        deadline = time.monotonic() + term.ttl_s
+        while time.monotonic() < deadline:
+            await asyncio.sleep(min(POLL_S_MAX, term.ttl_s / 10))
+            latest, now = await self._latest()
+            if latest != number:
+                if now is not None and now.released:
+                    raise StoreBusy("the store is changing hands", hint="try again")
+                raise _busy(now)
+
+    async def _forget_before(self, number: int) -> None:
+        """Remove older terms, but for the last one: somebody may be reading that."""
+        async for item in self._objects.list(LEASE):
+            if _number(item.name) < number - 1:
+                await self._objects.delete(item.name)
+
+
+def _name(number: int) -> str:
+    return f"{LEASE}/{number:0{DIGITS}d}"
+
+
+def _number(name: str) -> int:
+    digits = name.removeprefix(f"{LEASE}/")
+    return int(digits) if digits.isdigit() else 0
+
+
+def _busy(term: Term | None) -> StoreBusy:
+    host = "another host" if term is None else term.host
+    return StoreBusy(
+        f"the store is in use by a daemon on {host}",
+        hint="one repository has one writer: give this host a path or prefix of its own, or stop the other daemon",
+    )

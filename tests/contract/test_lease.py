@@ -1,0 +1,128 @@
+"""One writer per repository, on each kind of store."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hvsnap.errors import StoreBusy, StoreFailed
+from hvsnap.ports import ObjectStore
+from hvsnap.store.lease import LEASE, WriterLease
+from hvsnap.store.objects import LocalObjects
+from hvsnap.store.s3 import S3Objects
+from tests.ceph import Ceph
+from tests.contract.conftest import BUCKET
+from tests.store_kit import MemoryObjects
+
+TTL_S = 0.6
+
+Make = Callable[..., WriterLease]
+
+
+@pytest.fixture(params=["local", "memory", "ceph"])
+def objects(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    if request.param == "memory":
+        return MemoryObjects()
+    if request.param == "local":
+        return LocalObjects(tmp_path / "store")
+    ceph: Ceph = request.getfixturevalue("ceph")
+    return S3Objects(ceph.place(BUCKET, f"lease/{uuid.uuid4().hex}"), tmp_path)
+
+
+def lease(objects: ObjectStore, holder: str, ttl_s: float = TTL_S) -> WriterLease:
+    return WriterLease(objects, holder, f"host-{holder}", ttl_s=ttl_s)
+
+
+async def test_a_second_writer_is_refused_while_the_first_lives(objects: ObjectStore) -> None:
+    first = lease(objects, "a")
+    await first.acquire()
+    keeping = asyncio.create_task(first.keep())
+    for _ in range(2):
+        with pytest.raises(StoreBusy, match="host-a"):
+            await lease(objects, "b").acquire()
+    assert not keeping.done()
+    assert first.certain
+    keeping.cancel()
+
+
+async def test_a_dead_writers_lease_expires(objects: ObjectStore) -> None:
+    dead = lease(objects, "a")
+    await dead.acquire()
+    heir = lease(objects, "b")
+    await heir.acquire()
+    assert heir.certain
+    assert not dead.certain
+
+
+async def test_one_who_was_thought_dead_learns_that_it_lost_the_lease(objects: ObjectStore) -> None:
+    asleep, heir = lease(objects, "a"), lease(objects, "b")
+    await asleep.acquire()
+    await heir.acquire()
+    with pytest.raises(StoreBusy, match="host-b"):
+        async with asyncio.timeout(10):
+            await asleep.keep()
+    assert not asleep.certain
+
+
+async def test_a_restarted_writer_takes_its_own_lease_at_once(objects: ObjectStore) -> None:
+    await lease(objects, "a", ttl_s=3600).acquire()
+    async with asyncio.timeout(10):
+        await lease(objects, "a", ttl_s=3600).acquire()
+
+
+async def test_a_released_lease_is_free_at_once(objects: ObjectStore) -> None:
+    first = lease(objects, "a", ttl_s=3600)
+    await first.acquire()
+    await first.release()
+    assert not first.certain
+    async with asyncio.timeout(10):
+        await lease(objects, "b", ttl_s=3600).acquire()
+
+
+async def test_of_many_that_begin_at_once_one_wins(objects: ObjectStore) -> None:
+    leases = [lease(objects, f"w{n}", ttl_s=1.5) for n in range(8)]
+    keeping: list[asyncio.Task[None]] = []
+
+    async def begin(one: WriterLease) -> None:
+        await one.acquire()
+        keeping.append(asyncio.create_task(one.keep()))
+
+    results = await asyncio.gather(*(begin(one) for one in leases), return_exceptions=True)
+    assert [result for result in results if not isinstance(result, StoreBusy)] == [None]
+    assert sum(one.certain for one in leases) == 1
+    keeping[0].cancel()
+
+
+async def test_renewing_leaves_no_heap_of_objects(objects: ObjectStore) -> None:
+    one = lease(objects, "a", ttl_s=0.05)
+    await one.acquire()
+    keeping = asyncio.create_task(one.keep())
+    await asyncio.sleep(0.5)
+    keeping.cancel()
+    await asyncio.gather(keeping, return_exceptions=True)
+    assert len([item async for item in objects.list(LEASE)]) <= 3
+
+
+async def test_a_store_that_fails_for_a_while_costs_certainty_not_the_lease(tmp_path: Path) -> None:
+    objects = MemoryObjects()
+    one = lease(objects, "a", ttl_s=0.2)
+    await one.acquire()
+    put = objects.put
+
+    async def broken(name: str, data: bytes) -> None:
+        raise StoreFailed("down")
+
+    objects.put = broken  # type: ignore[method-assign]
+    keeping = asyncio.create_task(one.keep())
+    async with asyncio.timeout(10):
+        while one.certain:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        objects.put = put  # type: ignore[method-assign]
+        while not one.certain:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert not keeping.done()
+    keeping.cancel()
