@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import signal
-import socket
 import subprocess
-import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +18,7 @@ import libvirt_qemu
 
 from tests.guest.image import GuestImage
 from tests.guest.libvirtd import Libvirtd, host_pids, wait_for
-
-BOOT_TIMEOUT_S = 60.0
+from tests.guest.shell import Shell
 
 
 def kvm_works() -> bool:
@@ -54,7 +50,7 @@ class DiskSpec:
         )
 
 
-class Guest:
+class Guest(Shell):
     """A libvirt domain with a shell; ``image=None`` gives one that has no kernel and only sits there (fast)."""
 
     __test__ = False
@@ -69,16 +65,12 @@ class Guest:
         *,
         agent: bool = True,
     ) -> None:
+        super().__init__(name, directory)
         self.libvirtd = libvirtd
-        self.name = name
         self.uuid = str(uuid.uuid4())
         self.disks = disks
-        self._directory = directory
         self._image = image
         self._agent = agent
-        self._command: socket.socket | None = None
-        self.log = directory / f"{name}.log"
-        self.ports = directory / f"{name}.ports"
 
     # -- life -------------------------------------------------------------------------------------
 
@@ -98,14 +90,6 @@ class Guest:
         if self._image is not None and wait:
             self.wait_ready()
         return self
-
-    def wait_ready(self) -> None:
-        """Return when the guest's shell answers."""
-        self._connect()
-        deadline = time.monotonic() + BOOT_TIMEOUT_S
-        seen = b""
-        while b"hvsnap-guest-ready" not in seen:
-            seen += self._receive(deadline)
 
     def kill(self) -> None:
         """SIGKILL its QEMU, and return when libvirt knows."""
@@ -140,33 +124,6 @@ class Guest:
         """Its QEMU, as the host numbers it."""
         (pid,) = host_pids("qemu-system", f"-uuid {self.uuid}")
         return pid
-
-    # -- inside -----------------------------------------------------------------------------------
-
-    def run(self, command: str, timeout_s: float = 120.0) -> str:
-        """Run a shell command in the guest and return its output; a failing one raises with it."""
-        mark = secrets.token_hex(8)
-        self._connect()
-        assert self._command is not None
-        self._command.sendall(f"{{ {command}\n}} 2>&1 </dev/null; status=$?; echo; echo {mark}=$status\n".encode())
-        deadline = time.monotonic() + timeout_s
-        seen = b""
-        while f"\n{mark}=".encode() not in seen or not seen.endswith(b"\n"):
-            seen += self._receive(deadline)
-        output, _, status = seen.decode(errors="replace").rpartition(f"\n{mark}=")
-        output = output.removesuffix("\n")
-        if int(status) != 0:
-            raise RuntimeError(f"in guest {self.name}: {command!r} ended with {status.strip()}: {output}")
-        return output
-
-    def spawn(self, command: str) -> None:
-        """Start a command in the background; what it prints reaches :attr:`log` line by line, as it is printed."""
-        self.run(f"({command}) > /dev/virtio-ports/hvsnap.log 2>&1 < /dev/null &")
-
-    def logged(self) -> list[str]:
-        """Return the whole lines that background commands have printed so far."""
-        text = self.log.read_text() if self.log.exists() else ""
-        return text[: text.rfind("\n") + 1].splitlines()
 
     # -- from outside -----------------------------------------------------------------------------
 
@@ -207,35 +164,6 @@ class Guest:
 <channel type='file'><source path='{self.log}' append='on'/><target type='virtio' name='hvsnap.log'/></channel>
 <serial type='file'><source path='{self._directory}/{self.name}.console'/></serial>
 </devices></domain>"""
-
-    # -- the command port -------------------------------------------------------------------------
-
-    def _connect(self) -> None:
-        if self._command is None:
-            self._command = socket.socket(socket.AF_UNIX)
-            self._command.connect(str(self.ports / "command"))
-
-    def _disconnect(self) -> None:
-        if self._command is not None:
-            self._command.close()
-            self._command = None
-
-    def _receive(self, deadline: float) -> bytes:
-        assert self._command is not None
-        left = deadline - time.monotonic()
-        if left <= 0:
-            console = self._directory / f"{self.name}.console"
-            tail = console.read_text(errors="replace")[-1000:] if console.exists() else ""
-            raise TimeoutError(f"guest {self.name} does not answer; its console ends: {tail}")
-        self._command.settimeout(left)
-        try:
-            data = self._command.recv(65536)
-        except TimeoutError:
-            return b""
-        if not data:
-            self._disconnect()
-            raise ConnectionError(f"guest {self.name} closed its command port")
-        return data
 
 
 def make_image(path: Path, size: str, image_format: str = "qcow2", *options: str) -> Path:
