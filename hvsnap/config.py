@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hvsnap.errors import ConfigInvalid
 
@@ -44,9 +44,22 @@ def _later(what: str) -> AfterValidator:
 def _store_url(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme == "s3":
-        raise ValueError("an S3 store is not in this release; expected file:///absolute/path")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{2,62}", parts.netloc):
+            raise ValueError("expected s3://BUCKET/PREFIX, with a bucket's name of 3 to 63 characters of a-z 0-9 . -")
+        if not re.fullmatch(r"(/[A-Za-z0-9][A-Za-z0-9._-]*)*/?", parts.path):
+            raise ValueError("expected s3://BUCKET/PREFIX, with a prefix of letters, digits and . _ - between slashes")
+        return url
     if parts.scheme != "file" or parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
-        raise ValueError("expected file:///absolute/path")
+        raise ValueError("expected file:///absolute/path or s3://BUCKET/PREFIX")
+    return url
+
+
+def _endpoint(url: str) -> str:
+    parts = urlsplit(url)
+    if url and (parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/")):
+        raise ValueError("expected http://HOST[:PORT] or https://HOST[:PORT]")
+    if parts.username or parts.password:
+        raise ValueError("keys go into access_key and the file that secret_key_file names")
     return url
 
 
@@ -112,10 +125,12 @@ class Capture(_Table):
 
 
 class S3(_Table):
-    """An S3 endpoint."""
+    """An S3 endpoint. Without keys here, the usual AWS_* variables and instance roles are asked."""
 
-    endpoint: str = ""
+    endpoint: Annotated[str, AfterValidator(_endpoint)] = ""
     region: str = "default"
+    access_key: str = ""
+    secret_key_file: AbsolutePath = ""
 
 
 class Encryption(_Table):
@@ -128,13 +143,26 @@ class Store(_Table):
     """Where blocks and manifests are kept."""
 
     url: Annotated[str, AfterValidator(_store_url)] = "file:///var/lib/hvsnap/store"
-    s3: Annotated[S3 | None, _later("an S3 store")] = None
+    s3: S3 = S3()
     encryption: Encryption = Encryption()
 
     @property
-    def path(self) -> Path:
-        """The store's directory."""
-        return Path(unquote(urlsplit(self.url).path))
+    def path(self) -> Path | None:
+        """The store's directory; None where it is a bucket."""
+        parts = urlsplit(self.url)
+        return Path(unquote(parts.path)) if parts.scheme == "file" else None
+
+    @property
+    def bucket(self) -> tuple[str, str]:
+        """The store's bucket and prefix."""
+        parts = urlsplit(self.url)
+        return parts.netloc, parts.path.strip("/")
+
+    @model_validator(mode="after")
+    def _keys_come_in_pairs(self) -> Store:
+        if bool(self.s3.access_key) != bool(self.s3.secret_key_file):
+            raise ValueError("s3: access_key and secret_key_file are given together or not at all")
+        return self
 
 
 class Limits(_Table):

@@ -48,7 +48,8 @@ from hvsnap.service.status import StatusBoard
 from hvsnap.service.tasks import Tasks
 from hvsnap.service.uses import Uses
 from hvsnap.store.blocks import PackedBlocks, open_store
-from hvsnap.store.objects import LocalObjects
+from hvsnap.store.lease import WriterLease
+from hvsnap.store.opening import open_objects, writer_id
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class House:
 
     settings: Settings
     catalog: Catalog
+    lease: WriterLease
     hypervisor: LibvirtHypervisor
     attendance: Attendance
     captures: Captures
@@ -113,8 +115,12 @@ async def assembled(settings: Settings) -> AsyncIterator[House]:
     async with contextlib.AsyncExitStack() as stack:
         catalog = await Catalog.open(Path(settings.state_dir), clock)
         stack.push_async_callback(catalog.close)
-        objects = LocalObjects(settings.store.path)
+        objects = await asyncio.to_thread(open_objects, settings.store, Path(settings.state_dir))
         stack.callback(objects.close)
+        holder = await asyncio.to_thread(writer_id, Path(settings.state_dir))
+        lease = WriterLease(objects, holder, settings.host_id)
+        await lease.acquire()
+        stack.push_async_callback(lease.release)
         await objects.clean_temporaries()
         store = await open_store(objects, catalog, compression=settings.capture.compression)
         stack.push_async_callback(store.close)
@@ -124,7 +130,9 @@ async def assembled(settings: Settings) -> AsyncIterator[House]:
         stack.push_async_callback(_close_in_time, hypervisor)
         try:
             async with asyncio.TaskGroup() as group:
-                yield await _furnish(settings, group, clock, catalog, store, hypervisor, attendance, str(private))
+                yield await _furnish(
+                    settings, group, clock, catalog, lease, store, hypervisor, attendance, str(private)
+                )
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from errors
 
@@ -134,6 +142,7 @@ async def _furnish(
     group: asyncio.TaskGroup,
     clock: SystemClock,
     catalog: Catalog,
+    lease: WriterLease,
     store: PackedBlocks,
     hypervisor: LibvirtHypervisor,
     attendance: Attendance,
@@ -155,7 +164,7 @@ async def _furnish(
     snapshots = Snapshots(catalog, inventory, captures, uses)
     guests = Guests(inventory, hypervisor, catalog, captures, images.image_info)
     limit = settings.limits.snapshots_per_disk
-    own = [settings.state_dir, str(settings.store.path), str(settings.run_dir)]
+    own = [place for place in (settings.state_dir, str(settings.store.path or ""), str(settings.run_dir)) if place]
     mqtt_status = _no_mqtt
     service = Service(
         guests=guests,
@@ -190,7 +199,7 @@ async def _furnish(
         status=StatusBoard(settings.host_id, hypervisor, catalog, captures, tasks, mqtt_status, clock),
         feed=feed,
     )
-    return House(settings, catalog, hypervisor, attendance, captures, restores, service)
+    return House(settings, catalog, lease, hypervisor, attendance, captures, restores, service)
 
 
 def _capture_settings(settings: Settings, private: str) -> CaptureSettings:
@@ -207,10 +216,9 @@ def _capture_settings(settings: Settings, private: str) -> CaptureSettings:
 
 def places(settings: Settings) -> list[Place]:
     """Return the directories that hvsnap uses, as the doctor looks at them."""
-    found = [
-        Place("state-dir", "state directory", settings.state_dir, private=True),
-        Place("store", "store", str(settings.store.path), private=True),
-    ]
+    found = [Place("state-dir", "state directory", settings.state_dir, private=True)]
+    if settings.store.path is not None:
+        found.append(Place("store", "store", str(settings.store.path), private=True))
     if settings.capture.overlay_dir:
         found.append(Place("overlay-dir", "directory of overlays", settings.capture.overlay_dir, private=False))
     return found
@@ -288,6 +296,7 @@ async def serve(settings: Settings, stop: asyncio.Event, ready: Callable[[], Non
             asyncio.create_task(house.attendance.run(), name="attendance"),
             asyncio.create_task(house.hypervisor.connection.reconnect_loop(house.attendance.wake), name="libvirt"),
             asyncio.create_task(_trim_events(house.catalog), name="trim-events"),
+            asyncio.create_task(house.lease.keep(), name="lease"),
         ]
         serving = asyncio.create_task(server.serve(), name="http")
         try:

@@ -59,6 +59,11 @@ class ObjectStore(Protocol):
     :class:`~hvsnap.errors.NotFound` for an object that is not there.
     """
 
+    @property
+    def object_bytes_best(self) -> int:
+        """The largest object that this store takes in one go; what can be cut into objects is not cut larger."""
+        ...
+
     async def get(self, name: str) -> bytes:
         """Return a whole object (small ones: configuration, headers)."""
         ...

@@ -22,6 +22,8 @@ BLOCK = 65536
 class MemoryObjects:
     """An object store in a dict, under the same contract as the others."""
 
+    object_bytes_best = 64 << 20
+
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
         self.reads: list[tuple[str, int, int]] = []

@@ -45,6 +45,8 @@ def check_name(name: str) -> str:
 class LocalObjects:
     """Immutable objects as files below ``root``, which is created with the first one if its parent exists."""
 
+    object_bytes_best = 64 << 20
+
     def __init__(self, root: Path) -> None:
         self._root = root
         self._directories = files.Directories(root)

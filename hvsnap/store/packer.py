@@ -25,7 +25,7 @@ from hvsnap.store.pack import (
 )
 
 PACK_BYTES = 64 << 20
-"""Size that a pack stays below, index aside: an object that S3 and a file system handle well."""
+"""Size that a pack stays below, index aside, or below what its object store takes best."""
 
 PIECE_BYTES = 4 << 20
 """Bytes that are gathered before they are written."""
@@ -83,7 +83,8 @@ class Packer:
         Whoever has announced blocks must :meth:`append` them, or :meth:`fail` the pack, which waits for them.
         """
         coming = len(self.claims) - len(self._digests) + len(blocks)
-        full = self._end + coming * self.pack.block_size > PACK_BYTES or len(self.claims) + len(blocks) > ENTRIES_MAX
+        limit = min(PACK_BYTES, self._objects.object_bytes_best)
+        full = self._end + coming * self.pack.block_size > limit or len(self.claims) + len(blocks) > ENTRIES_MAX
         if self._sealed or self._error is not None or (full and self.claims):
             return False
         self.claims |= blocks

@@ -34,6 +34,10 @@ T = TypeVar("T")
 SINGLE_BYTES_MAX = 24 << 20
 """Objects up to this size are held in memory and put at once; a pack here has 16 MiB and its index."""
 
+OBJECT_BYTES_BEST = 16 << 20
+"""Packs of this size are put whole from memory, three under way at once: nothing is spooled, nothing uploaded in
+parts, and a request that must be repeated is short."""
+
 PART_BYTES = 16 << 20
 PARTS_AT_ONCE = 3
 
@@ -94,6 +98,8 @@ def connect(place: Place, request_timeout_s: float = REQUEST_TIMEOUT_S) -> S3Sto
 
 class S3Objects:
     """Immutable objects in a bucket. ``spool`` is a directory for large objects on their way."""
+
+    object_bytes_best = OBJECT_BYTES_BEST
 
     def __init__(self, place: Place, spool: Path, *, store: Any = None, deadline_s: float = DEADLINE_S) -> None:
         self._url = place.url

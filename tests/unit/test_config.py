@@ -61,7 +61,7 @@ def test_no_file_means_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ("[capture]\nparallel = 0", "x.toml: capture.parallel: Input should be greater than or equal to 1", "0"),
         ("[capture]\nfreeze_timeout_s = 9.5", "x.toml: capture.freeze_timeout_s:", "9.5"),
         ("[capture]\ncompression = 'lz4'", "x.toml: capture.compression: expected zstd:LEVEL", "lz4"),
-        ("[store]\nurl = 's3://b/p'", "x.toml: store.url: an S3 store is not in this release", "s3://b/p"),
+        ("[store]\nurl = 's3://b/p'", "x.toml: store.url: expected s3://BUCKET/PREFIX", "s3://b/p"),
         ("[store]\nurl = 'file://host/p'", "x.toml: store.url: expected file:///absolute/path", "host"),
         ("[store.encryption]\nkey_file = '/k'", "x.toml: store.encryption.key_file: an encrypted store", "/k"),
         ("[hypervisor.qmp.web01]\nsocket = '/s'", "x.toml: hypervisor.qmp: a bare QEMU guest", "web01"),
