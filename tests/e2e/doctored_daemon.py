@@ -1,0 +1,65 @@
+"""A daemon that tests can hold at a point, or that has a fault: ``python -m tests.e2e.doctored_daemon CONFIG``.
+
+``E2E_GATES`` names a directory: while it holds a file ``NAME.closed``, whoever comes to the gate NAME leaves a file
+``NAME.reached.WHO`` there and waits. ``E2E_FAULT`` names a function of :mod:`tests.e2e.broken` that breaks the product.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from hvsnap.capture.capture import Capture
+from hvsnap.capture.record import DiskPlan, Recorder
+from hvsnap.hypervisor.libvirt import LibvirtHypervisor
+from tests import run_daemon
+from tests.e2e import broken
+
+GATES = os.environ.get("E2E_GATES", "")
+
+
+async def pass_gate(name: str, who: str) -> None:
+    """Wait while the gate is closed."""
+    if not GATES or not (closed := Path(GATES, f"{name}.closed")).exists():
+        return
+    Path(GATES, f"{name}.reached.{who}").touch()
+    while closed.exists():
+        await asyncio.sleep(0.005)
+
+
+def install_gates() -> None:
+    """Put gates before a disk is read, before the disks are switched, and before the snapshot is accomplished."""
+    record, switch, accomplish = Recorder.record, LibvirtHypervisor.switch_to_overlays, Recorder.accomplish
+    hold = Capture._hold_offline
+
+    async def gated_record(self: Recorder, plan: DiskPlan) -> Any:
+        await pass_gate("read", plan.snapshot.id)
+        return await record(self, plan)
+
+    async def gated_switch(self: LibvirtHypervisor, uuid: Any, overlays: dict[str, str]) -> None:
+        await pass_gate("switch", uuid)
+        await switch(self, uuid, overlays)
+
+    async def gated_hold(self: Capture) -> Any:
+        await pass_gate("hold", self._order.guest)
+        return await hold(self)
+
+    async def gated_accomplish(self: Recorder, operation: Any, *rest: Any) -> None:
+        await pass_gate("accomplish", operation)
+        await accomplish(self, operation, *rest)
+
+    Recorder.record = gated_record  # type: ignore[method-assign]
+    LibvirtHypervisor.switch_to_overlays = gated_switch  # type: ignore[method-assign]
+    Recorder.accomplish = gated_accomplish  # type: ignore[method-assign]
+    Capture._hold_offline = gated_hold  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    # The fault first: gates go around what it leaves.
+    if fault := os.environ.get("E2E_FAULT", ""):
+        broken.FAULTS[fault]()
+    install_gates()
+    sys.exit(run_daemon.main())
