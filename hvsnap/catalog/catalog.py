@@ -261,6 +261,10 @@ class Catalog:
         sql = f"SELECT {rows.EVENT_COLUMNS} FROM events WHERE NOT published ORDER BY sequence LIMIT ?"
         return [rows.event(row) for row in await self._db.read(sql, (limit,))]
 
+    async def unpublished_count(self) -> int:
+        """Return how many events have not been published over MQTT."""
+        return int((await self._db.read("SELECT count(*) FROM events WHERE NOT published"))[0][0])
+
 
 def _decode_rows(found: list[Row]) -> list[tuple[int, Page]]:
     return [(page, chain.decode(entries)) for page, entries in found]
