@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from hvsnap import wire
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.model import ChainUsage, Disk, Snapshot, State
-from hvsnap.ports import UInt64Array
 from hvsnap.service import views
-from hvsnap.service.freeing import Counts, Parents, count_references, freed_bytes, parents_of, stored_bytes
+from hvsnap.service.freeing import (
+    Counts,
+    Parents,
+    chain_blocks,
+    count_references,
+    freed_bytes,
+    parents_of,
+    stored_bytes,
+)
 from hvsnap.service.inventory import Inventory
 from hvsnap.service.requests import CapturesPort
 
@@ -61,18 +66,11 @@ class Chains:
             disk=disk.id,
             snapshots=len(nodes),
             logical_bytes=sum(row.size_bytes for row in nodes),
-            stored_bytes=await stored_bytes(self._catalog, await self._blocks(nodes)),
+            stored_bytes=await stored_bytes(
+                self._catalog, await chain_blocks(self._catalog, [row.id for row in nodes])
+            ),
             exclusive_bytes={row.id: await freed_bytes(self._catalog, [row.id], parents, counts) for row in nodes},
         )
-
-    async def _blocks(self, nodes: Sequence[Snapshot]) -> UInt64Array:
-        """Return the ids of the blocks that a chain refers to, each once."""
-        used = np.zeros(await self._catalog.next_block_id(), np.bool_)
-        for row in nodes:
-            async for _page, entries in self._catalog.own_pages(row.id):
-                used[entries.block] = True
-        used[0] = False
-        return np.flatnonzero(used).astype(np.uint64)
 
     def _summary(self, disk: Disk, usage: ChainUsage) -> wire.ChainSummary:
         return wire.ChainSummary(

@@ -89,6 +89,16 @@ async def count_references(catalog: Catalog) -> Counts:
     return counts
 
 
+async def chain_blocks(catalog: Catalog, names: Iterable[SnapshotId]) -> UInt64Array:
+    """Return the ids of the blocks that the snapshots of a chain hold, each once; zeroes are none."""
+    used = np.zeros(await catalog.next_block_id(), np.bool_)
+    for name in names:
+        async for _page, entries in catalog.own_pages(name):
+            used[entries.block] = True
+    used[:1] = False
+    return np.flatnonzero(used).astype(np.uint64)
+
+
 async def stored_bytes(catalog: Catalog, ids: UInt64Array) -> int:
     """Return what the store holds for these blocks, in bytes."""
     total = 0
