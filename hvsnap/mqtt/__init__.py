@@ -1,0 +1,1 @@
+"""Publishing what happens over MQTT, and nothing else: hvsnap subscribes to no topic (docs/mqtt.md)."""

@@ -1,0 +1,136 @@
+"""The retained state of each disk: made from the catalog, published when an event says that it may have changed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from hvsnap.catalog.catalog import Catalog
+from hvsnap.errors import HvsnapError
+from hvsnap.model import Disk, DiskId, Event, Snapshot, SnapshotId, State
+from hvsnap.mqtt.connection import Connection, Refused
+from hvsnap.mqtt.messages import DiskState, Health, LastFailure, LastSnapshot
+from hvsnap.mqtt.topics import Topics
+from hvsnap.ports import Clock
+from hvsnap.service.freeing import chain_blocks, stored_bytes
+from hvsnap.service.views import when, when_or_none
+
+log = logging.getLogger(__name__)
+
+
+def disk_state(host_id: str, at: float, disk: Disk, snapshots: Sequence[Snapshot], stored: int | None) -> DiskState:
+    """Return a disk's state; ``snapshots`` are its snapshots, oldest first. Pure."""
+    accomplished = [row for row in snapshots if row.state is State.ACCOMPLISHED]
+    ended = [row for row in snapshots if row.state is not State.PROGRESSING]
+    last = accomplished[-1] if accomplished else None
+    failed = ended[-1] if ended and ended[-1].state is State.FAILED else None
+    return DiskState(
+        host=host_id,
+        at=when(at),
+        guest=disk.guest_name,
+        guest_uuid=disk.guest_uuid,
+        disk=disk.id,
+        target=disk.target,
+        system=disk.system,
+        size_bytes=disk.size_bytes,
+        health=Health.FAILED if failed else Health.OK if last else Health.UNPROTECTED,
+        snapshots=len(accomplished),
+        stored_bytes=stored,
+        last_snapshot=None if last is None else _last_snapshot(last),
+        last_failure=None
+        if failed is None
+        else LastFailure(id=failed.id, at=when(failed.created_at), error=failed.error),
+    )
+
+
+def _last_snapshot(row: Snapshot) -> LastSnapshot:
+    return LastSnapshot(
+        id=row.id,
+        name=row.name,
+        created_at=when(row.created_at),
+        accomplished_at=when_or_none(row.accomplished_at),
+        kind=row.kind,
+        consistency=row.consistency,
+        size_bytes=row.size_bytes,
+        changed_bytes=row.changed_bytes,
+        stored_bytes=row.stored_bytes,
+    )
+
+
+class DiskStates:
+    """Keeps what the broker retains equal to what the catalog holds."""
+
+    def __init__(self, catalog: Catalog, clock: Clock, host_id: str, topics: Topics) -> None:
+        self._catalog = catalog
+        self._clock = clock
+        self._host_id = host_id
+        self._topics = topics
+        self._changed: dict[DiskId, None] = {}
+        self._published_at: dict[DiskId, str] = {}
+        self._stored: dict[DiskId, tuple[tuple[SnapshotId, ...], int]] = {}
+        self._woken = asyncio.Event()
+
+    def changed(self, event: Event) -> None:
+        """Take note of the disk that an event is about."""
+        disk = event.payload.get("disk")
+        if isinstance(disk, str):
+            self._changed[DiskId(disk)] = None
+            self._woken.set()
+
+    async def run(self, connection: Connection) -> None:
+        """Publish all states, and then those that change, until cancelled. Raises :class:`BrokerFailed`."""
+        # The broker may have forgotten them, or be another one.
+        await self._all_changed()
+        while True:
+            self._woken.clear()
+            while self._changed:
+                disk_id = next(iter(self._changed))
+                del self._changed[disk_id]
+                try:
+                    await self._publish(connection, disk_id)
+                except Refused as error:
+                    # Events matter more: they go on.
+                    log.warning("%s", error)
+                except HvsnapError as error:
+                    log.warning("the state of disk %s is not published: %s", disk_id, error.message)
+                except BaseException:
+                    self._changed[disk_id] = None
+                    raise
+            await self._woken.wait()
+
+    async def _all_changed(self) -> None:
+        try:
+            for disk in await self._catalog.disks():
+                self._changed[disk.id] = None
+        except HvsnapError as error:
+            log.warning("the states of disks are not published: %s", error.message)
+
+    async def _publish(self, connection: Connection, disk_id: DiskId) -> None:
+        disk = await self._catalog.disk(disk_id)
+        topic = self._topics.disk_state(disk.guest_name, disk.id)
+        former = self._published_at.get(disk.id)
+        if former is not None and (former != topic or disk.released):
+            # The guest was renamed, or the disk is gone: what is retained there would stay for ever.
+            await connection.publish(former, b"", retain=True)
+            del self._published_at[disk.id]
+        if disk.released:
+            return
+        snapshots = await self._catalog.snapshots(disk.id)
+        stored = await self._stored_bytes(disk.id, snapshots)
+        state = disk_state(self._host_id, self._clock.now(), disk, snapshots, stored)
+        self._published_at[disk.id] = topic
+        await connection.publish(topic, state.to_json(), retain=True)
+
+    async def _stored_bytes(self, disk_id: DiskId, snapshots: Sequence[Snapshot]) -> int | None:
+        """Return what the store holds for a chain; counted anew only when other snapshots make it up."""
+        nodes = tuple(row.id for row in snapshots if row.state is State.ACCOMPLISHED)
+        known = self._stored.get(disk_id)
+        if known is None or known[0] != nodes:
+            try:
+                counted = await stored_bytes(self._catalog, await chain_blocks(self._catalog, nodes))
+            except HvsnapError as error:  # a snapshot was deleted meanwhile, which another event will tell
+                log.info("what disk %s takes in the store is not counted: %s", disk_id, error.message)
+                return None
+            self._stored[disk_id] = known = (nodes, counted)
+        return known[1]
