@@ -143,7 +143,9 @@ class Disk:
 
     ``head`` is the snapshot that the disk's present state continues from, ``bitmap`` the dirty bitmap
     that records what was written since; both are empty before the first snapshot. ``source`` is the path of
-    the image that takes the guest's writes while no capture is open.
+    the image that takes the guest's writes while no capture is open. ``policy`` is the id of the policy that makes its
+    automatic snapshots; with ``delete_auto_with_disk`` these go when the disk is released. ``encrypted``: it is never
+    stored in plain.
     """
 
     id: DiskId
@@ -159,6 +161,9 @@ class Disk:
     released: bool = False
     head: SnapshotId | None = None
     bitmap: str | None = None
+    policy: str | None = None
+    delete_auto_with_disk: bool = False
+    encrypted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +173,7 @@ class Snapshot:
     ``parent`` is the snapshot whose view this one's entries are laid over. ``read_bytes`` were read from the
     guest's disk, ``changed_bytes`` differ from the parent, ``stored_bytes`` is what the store grew by
     (after deduplication and compression). ``reason`` says why the method was chosen, if it is not the obvious one.
+    ``automatic``: a policy made it; ``expires_at`` and ``retention`` (a rule of counts, JSON) say how long it stays.
     """
 
     id: SnapshotId
@@ -190,6 +196,10 @@ class Snapshot:
     changed_bytes: int = 0
     stored_bytes: int = 0
     tags: dict[str, str] = field(default_factory=dict)
+    automatic: bool = False
+    expires_at: float | None = None
+    retention: str = ""
+    locked_until: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

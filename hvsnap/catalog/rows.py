@@ -55,6 +55,8 @@ def disk(row: Row) -> Disk:
         "guest_uuid": GuestUuid(raw["guest_uuid"]),
         "system": bool(raw["system"]),
         "released": bool(raw["released"]),
+        "delete_auto_with_disk": bool(raw["delete_auto_with_disk"]),
+        "encrypted": bool(raw["encrypted"]),
         "head": None if raw["head"] is None else SnapshotId(raw["head"]),
     }
     return Disk(**raw)
@@ -73,6 +75,7 @@ def snapshot(row: Row) -> Snapshot:
         "state": State(raw["state"]),
         "group": None if raw["group"] is None else GroupId(raw["group"]),
         "tags": json.loads(raw["tags"]),
+        "automatic": bool(raw["automatic"]),
     }
     return Snapshot(**raw)
 

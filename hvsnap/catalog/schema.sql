@@ -14,7 +14,10 @@ CREATE TABLE disks (
     created_at  REAL NOT NULL,
     released    INTEGER NOT NULL DEFAULT 0,
     head        TEXT REFERENCES snapshots (id),
-    bitmap      TEXT
+    bitmap      TEXT,
+    policy      TEXT REFERENCES policies (id),
+    delete_auto_with_disk INTEGER NOT NULL DEFAULT 0,
+    encrypted   INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 -- What makes a disk the same disk: its guest, its serial (its target if it has none) and its image.
 CREATE UNIQUE INDEX disks_identity
@@ -42,9 +45,25 @@ CREATE TABLE snapshots (
     changed_bytes   INTEGER NOT NULL DEFAULT 0,
     stored_bytes    INTEGER NOT NULL DEFAULT 0,
     tags            TEXT NOT NULL DEFAULT '{}',
+    automatic       INTEGER NOT NULL DEFAULT 0,
+    expires_at      REAL,
+    retention       TEXT NOT NULL DEFAULT '',
+    locked_until    REAL,
     UNIQUE (disk, sequence)
 ) STRICT;
 CREATE INDEX snapshots_by_parent ON snapshots (parent);
+
+-- When automatic snapshots are made. Lists are JSON.
+CREATE TABLE policies (
+    id          TEXT PRIMARY KEY,
+    name        TEXT NOT NULL UNIQUE,
+    hours       TEXT NOT NULL,
+    weekdays    TEXT NOT NULL,
+    timezone    TEXT NOT NULL,
+    retain_days INTEGER,
+    keep        TEXT NOT NULL,
+    created_at  REAL NOT NULL
+) STRICT;
 
 CREATE TABLE packs (
     number     INTEGER PRIMARY KEY,

@@ -72,7 +72,9 @@ class ManifestHead:
 
 
 _DISK_KEYS = ("id", "guest_uuid", "guest_name", "target", "serial", "source", "format")
-_SNAPSHOT_KEYS = ("id", "disk", "name", "description", "kind", "method", "reason", "consistency")
+_SNAPSHOT_KEYS = ("id", "disk", "name", "description", "kind", "method", "reason", "consistency", "retention")
+_SNAPSHOT_OTHERS = ("parent", "group", "created_at", "tags", "automatic", "expires_at")
+_DISK_OTHERS = ("size_bytes", "system", "created_at", "encrypted")
 _SNAPSHOT_NUMBERS = ("sequence", "size_bytes", "read_bytes", "changed_bytes", "stored_bytes")
 
 
@@ -83,8 +85,8 @@ def encode_document(head: ManifestHead) -> bytes:
         "revision": head.revision,
         "block_size": head.block_size,
         "snapshot": {key: str(getattr(snapshot, key)) for key in _SNAPSHOT_KEYS}
-        | {key: getattr(snapshot, key) for key in (*_SNAPSHOT_NUMBERS, "parent", "group", "created_at", "tags")},
-        "disk": {key: getattr(disk, key) for key in (*_DISK_KEYS, "size_bytes", "system", "created_at")},
+        | {key: getattr(snapshot, key) for key in (*_SNAPSHOT_NUMBERS, *_SNAPSHOT_OTHERS)},
+        "disk": {key: getattr(disk, key) for key in (*_DISK_KEYS, *_DISK_OTHERS)},
         "domain_xml": head.domain_xml,
     }
     return json.dumps(values, separators=(",", ":"), allow_nan=False).encode()
@@ -151,6 +153,7 @@ class _Fields:
 
 def _snapshot(fields: _Fields) -> Snapshot:
     parent, group = fields.optional("parent", SnapshotId), fields.optional("group", GroupId)
+    expires_at = fields.get("expires_at", float, int, type(None))
     return Snapshot(
         id=SnapshotId(fields.text("id")),
         disk=DiskId(fields.text("disk")),
@@ -170,6 +173,9 @@ def _snapshot(fields: _Fields) -> Snapshot:
         changed_bytes=fields.number("changed_bytes"),
         stored_bytes=fields.number("stored_bytes"),
         tags=fields.tags(),
+        automatic=bool(fields.get("automatic", bool)),
+        expires_at=None if expires_at is None else float(expires_at),
+        retention=fields.text("retention"),
     )
 
 
@@ -185,4 +191,5 @@ def _disk(fields: _Fields) -> Disk:
         size_bytes=fields.number("size_bytes"),
         system=bool(fields.get("system", bool)),
         created_at=float(fields.get("created_at", float, int)),
+        encrypted=bool(fields.get("encrypted", bool)),
     )
