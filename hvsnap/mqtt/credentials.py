@@ -5,24 +5,17 @@ So a password or certificate that is replaced works from the next attempt on. Ev
 
 from __future__ import annotations
 
-import os
 import re
 import ssl
-import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from hvsnap import config
 from hvsnap.errors import ConfigInvalid
+from hvsnap.secret import read_private, read_secret
 
 PORT = 1883
 TLS_PORT = 8883
-
-SECRET_BYTES_MAX = 65535
-"""The longest password that MQTT can carry."""
-
-_OTHERS = stat.S_IRWXG | stat.S_IRWXO
-"""What a secret file must not allow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +38,7 @@ class Credentials:
 
     endpoint: Endpoint
     username: str | None
-    password: str | None
+    password: str | None = field(repr=False)
     tls: ssl.SSLContext | None
 
 
@@ -60,7 +53,7 @@ def load(settings: config.Mqtt) -> Credentials:
     """Read the files; raises :class:`ConfigInvalid` with the key, what is wrong, and what to do."""
     where = endpoint(settings.url)
     _check_combination(settings, where)
-    password = _password(settings.password_file) if settings.password_file else None
+    password = read_secret(settings.password_file, "mqtt.password_file") if settings.password_file else None
     tls = _tls(settings) if where.tls else None
     return Credentials(where, settings.username or None, password, tls)
 
@@ -80,44 +73,6 @@ def _check_combination(settings: config.Mqtt, where: Endpoint) -> None:
             raise ConfigInvalid(f"mqtt.{key}: {settings.url} is without TLS", hint=hint)
 
 
-def _password(path: str) -> str:
-    """Return what the file holds, without the newline that editors put at the end."""
-    data = _read_secret("mqtt.password_file", path)
-    try:
-        password = data.decode().removesuffix("\n").removesuffix("\r")
-    except UnicodeDecodeError as error:
-        raise ConfigInvalid(f"mqtt.password_file: {path} is not UTF-8 text") from error
-    if not password:
-        raise ConfigInvalid(f"mqtt.password_file: {path} is empty")
-    return password
-
-
-def _read_secret(key: str, path: str) -> bytes:
-    """Return a file's bytes, if nobody else could read or replace them; judged by what was opened, not by a name."""
-    try:
-        # Without waiting: the other end of a FIFO may never come.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            _check_private(key, path, os.fstat(file.fileno()))
-            data = file.read(SECRET_BYTES_MAX + 1)
-    except OSError as error:
-        raise ConfigInvalid(f"{key}: {path}: {error.strerror}", hint="check the path and its permissions") from error
-    if len(data) > SECRET_BYTES_MAX:
-        raise ConfigInvalid(f"{key}: {path} is larger than {SECRET_BYTES_MAX} bytes")
-    return data
-
-
-def _check_private(key: str, path: str, found: os.stat_result) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        raise ConfigInvalid(f"{key}: {path} is not a regular file")
-    if found.st_mode & _OTHERS:
-        mode = stat.S_IMODE(found.st_mode)
-        raise ConfigInvalid(f"{key}: {path} is open to others (mode {mode:04o})", hint=f"chmod 0600 {path}")
-    if found.st_uid not in (0, os.geteuid()):
-        hint = f"chown {os.geteuid()} {path}"
-        raise ConfigInvalid(f"{key}: {path} belongs to another user ({found.st_uid})", hint=hint)
-
-
 def _tls(settings: config.Mqtt) -> ssl.SSLContext:
     """Return the TLS side: the broker's certificate and name are always verified."""
     try:
@@ -126,7 +81,7 @@ def _tls(settings: config.Mqtt) -> ssl.SSLContext:
         raise _unusable("mqtt.ca_file", settings.ca_file, error) from error
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if settings.cert_file:
-        _read_secret("mqtt.key_file", settings.key_file)
+        read_private(settings.key_file, "mqtt.key_file")
         try:
             # A password is given so that an encrypted key fails, instead of asking at a terminal.
             context.load_cert_chain(settings.cert_file, settings.key_file, password="")
