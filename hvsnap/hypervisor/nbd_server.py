@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import secrets
+import socket
 from collections.abc import AsyncIterator
 
 from hvsnap.errors import HypervisorFailed
@@ -18,9 +19,15 @@ START_TIMEOUT_S = 30.0
 POLL_S = 0.01
 
 
-async def _wait_listening(process: asyncio.subprocess.Process, argv: list[str], socket: str) -> None:
+def _listens(path: str) -> bool:
+    """Whether somebody accepts connections: the socket's file is there a moment before its listener."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        return probe.connect_ex(path) == 0
+
+
+async def _wait_listening(process: asyncio.subprocess.Process, argv: list[str], path: str) -> None:
     async with asyncio.timeout(START_TIMEOUT_S):
-        while not os.path.exists(socket):  # noqa: ASYNC240 - a stat of a path on tmpfs
+        while not _listens(path):
             if process.returncode is not None:
                 stderr = await process.stderr.read() if process.stderr else b""
                 raise failure(argv, process.returncode, stderr)
@@ -44,8 +51,9 @@ async def serve_image(
     the daemon. ``idle_priority`` gives its I/O to everybody else first. Raises :class:`HypervisorFailed`, also
     for a bitmap that is missing or inconsistent.
     """
-    socket = os.path.join(run_dir, f"nbd-{secrets.token_hex(6)}.sock")
-    argv = ["qemu-nbd", "--persistent", "--shared", str(connections), "--socket", socket, "--format", image_format]
+    path_of_socket = os.path.join(run_dir, f"nbd-{secrets.token_hex(6)}.sock")
+    argv = ["qemu-nbd", "--persistent", "--shared", str(connections), "--socket", path_of_socket]
+    argv += ["--format", image_format]
     # Zero writes must reach qcow2 as zero clusters; without discard they would be allocated and filled.
     argv += ["--read-only"] if read_only else ["--discard", "unmap", "--cache", "writeback"]
     argv += [] if bitmap is None else ["--bitmap", bitmap]
@@ -58,11 +66,11 @@ async def serve_image(
     )
     try:
         try:
-            await _wait_listening(process, argv, socket)
+            await _wait_listening(process, argv, path_of_socket)
         except TimeoutError as error:
             raise HypervisorFailed(f"qemu-nbd did not open {path} within {START_TIMEOUT_S:.0f} s") from error
-        yield NbdExport(socket, bitmap)
+        yield NbdExport(path_of_socket, bitmap)
     finally:
         await asyncio.shield(end(process))
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(socket)
+            os.unlink(path_of_socket)
