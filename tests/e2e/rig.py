@@ -98,6 +98,7 @@ class Rig:
         self.guest = guest
         self.daemon = daemon
         self.scratch = scratch
+        self.settle_timeout_s = 60.0
         self.disks = [self._disk(number, spec) for number, spec in enumerate(guest.disks)]
         self._connection = libvirt.open(guest.libvirtd.uri)
         self._patterns = 0
@@ -239,7 +240,7 @@ class Rig:
             for snapshot in ended:
                 if snapshot.state != "accomplished":
                     raise RuntimeError(f"{snapshot.id}: {snapshot.error}\n{self.daemon.log.read_text()[-3000:]}")
-            self.daemon.settled()
+            self.daemon.settled(self.settle_timeout_s)
         self.check_on_images()
         return ended
 
