@@ -246,10 +246,11 @@ async def _connect(
 
 def explain(error: aiomqtt.MqttError, *, tls: bool, user: str | None = None) -> BrokerFailed:
     """Return what an error of aiomqtt means, in words for the status."""
-    if isinstance(error, aiomqtt.MqttCodeError):
-        return _explain_code(error, tls=tls, user=user)
-    # aiomqtt keeps the cause as the context alone.
-    cause = error.__context__
+    # aiomqtt keeps some causes as the context alone.
+    cause = error.__cause__ or error.__context__
+    for one in (error, cause):
+        if isinstance(one, aiomqtt.MqttCodeError):
+            return _explain_code(one, tls=tls, user=user)
     if isinstance(cause, ssl.SSLCertVerificationError):
         return BrokerFailed(f"TLS: the broker's certificate is refused: {cause.verify_message}", lasting=True)
     if isinstance(cause, ssl.SSLError):
@@ -262,7 +263,7 @@ def explain(error: aiomqtt.MqttError, *, tls: bool, user: str | None = None) -> 
     if isinstance(cause, OSError):
         hint = " (does the broker speak TLS on this port?)" if tls and isinstance(cause, ConnectionResetError) else ""
         return BrokerFailed(f"the broker cannot be reached: {cause.strerror or cause}{hint}")
-    return BrokerFailed(f"the connection failed: {error}")
+    return BrokerFailed("the broker closed the connection" if cause is None else f"the connection was lost: {cause}")
 
 
 def _explain_code(error: aiomqtt.MqttCodeError, *, tls: bool, user: str | None) -> BrokerFailed:
@@ -279,6 +280,4 @@ def _explain_code(error: aiomqtt.MqttCodeError, *, tls: bool, user: str | None) 
         return BrokerFailed(f"the broker refuses {who}: {_LASTING[code]}", lasting=True)
     if code == _TAKEN_OVER:
         return BrokerFailed("another client connected with this host's id: is host_id used twice?")
-    if isinstance(error.rc, ReasonCode):
-        return BrokerFailed(f"the connection was lost: {error.rc}")
-    return BrokerFailed(f"the connection was lost: {error}")
+    return BrokerFailed(f"the connection was lost: {error.rc if isinstance(error.rc, ReasonCode) else error}")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Coroutine
+from typing import Any
 
 from hvsnap import __version__, config, wire
 from hvsnap.catalog.catalog import Catalog
@@ -79,9 +81,6 @@ class MqttPublisher:
         while True:
             await self._count()
             await asyncio.sleep(await self._attempt())
-            if (me := asyncio.current_task()) is not None and me.cancelling():
-                # A TaskGroup whose task fails while it is being cancelled reports the failure alone (bpo gh-116720).
-                raise asyncio.CancelledError
 
     # -- one connection ---------------------------------------------------------------------------
 
@@ -118,15 +117,15 @@ class MqttPublisher:
         """Publish everything until the connection is lost (:class:`BrokerFailed`) or this is cancelled."""
         try:
             await self._announce(connection)
-            try:
-                async with asyncio.TaskGroup() as group:
-                    group.create_task(connection.lost(), name="mqtt-lost")
-                    group.create_task(self._outbox.run(connection), name="mqtt-events")
-                    group.create_task(self._progress.run(connection), name="mqtt-progress")
-                    group.create_task(self._states.run(connection), name="mqtt-states")
-                    group.create_task(self._keep_announcing(connection), name="mqtt-status")
-            except BaseExceptionGroup as errors:
-                raise errors.exceptions[0] from None
+            await _first_failure(
+                {
+                    "mqtt-lost": connection.lost(),
+                    "mqtt-events": self._outbox.run(connection),
+                    "mqtt-progress": self._progress.run(connection),
+                    "mqtt-states": self._states.run(connection),
+                    "mqtt-status": self._keep_announcing(connection),
+                }
+            )
         except asyncio.CancelledError:
             with contextlib.suppress(BrokerFailed, HvsnapError, TimeoutError):
                 async with asyncio.timeout(self._timings.farewell_s):
@@ -177,3 +176,21 @@ class MqttPublisher:
         if why and why != self._error:
             log.warning("MQTT: %s; %d events wait", why, self._outbox.pending)
         self._error = why
+
+
+async def _first_failure(parts: dict[str, Coroutine[Any, Any, None]]) -> None:
+    """Run parts that never return until one fails, and raise that; the earlier one of several that fail together.
+
+    A TaskGroup would do, but that of Python 3.11 may lose a cancellation that comes at the moment of a failure, and
+    leaves its task marked as being cancelled.
+    """
+    tasks = [asyncio.create_task(part, name=name) for name, part in parts.items()]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in tasks:
+        if not task.cancelled():
+            task.result()
