@@ -26,6 +26,7 @@ IndexArray = npt.NDArray[np.uint16]
 _HEAD = struct.Struct("<BI")
 _RUNS = 1  # (start u16, length - 1 u16, first id) instead of (index u16, id)
 _WIDE = 2  # ids are u64 instead of u32
+_SET = 4  # indexes only, one bit each
 _BLOCK_MAX = 2**63 - 1  # SQLite's integers are signed
 
 
@@ -99,13 +100,22 @@ def decode(blob: bytes) -> Page:
 
 
 def encode_indexes(index: IndexArray) -> bytes:
-    """Return a set of indexes (``uint16[n]``, ascending) as bytes."""
-    return encode(Page(index, np.zeros(index.size, np.uint64)))
+    """Return a set of indexes (``uint16[n]``, each below ``PAGE_BLOCKS``) as bytes: one bit for each block of a page.
+
+    Small whatever is in it (517 bytes), since it is written when something is deleted, perhaps on a full device.
+    """
+    bits = np.zeros(PAGE_BLOCKS, np.bool_)
+    bits[index] = True
+    body = np.packbits(bits, bitorder="little").tobytes()
+    return _HEAD.pack(_SET, zlib.crc32(body, _SET)) + body
 
 
 def decode_indexes(blob: bytes) -> IndexArray:
-    """Return the indexes of :func:`encode_indexes`; anything else is :class:`CatalogFailed`."""
-    return decode(blob).index
+    """Return the indexes of :func:`encode_indexes`, ascending; anything else is :class:`CatalogFailed`."""
+    body = blob[_HEAD.size :]
+    if len(body) != PAGE_BLOCKS // 8 or _HEAD.unpack_from(blob) != (_SET, zlib.crc32(body, _SET)):
+        raise _damaged("it is not a set of indexes")
+    return np.flatnonzero(np.unpackbits(np.frombuffer(body, np.uint8), bitorder="little")).astype(np.uint16)
 
 
 def _run_starts(page: Page) -> npt.NDArray[np.bool_]:

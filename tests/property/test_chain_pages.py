@@ -94,3 +94,13 @@ def test_the_difference_of_two_views_is_exact(one: dict[int, int], other: dict[i
 def test_carried_indexes_are_joined_and_survive_their_form_as_bytes(one: set[int], other: set[int]) -> None:
     joined = chain.join_indexes(np.array(sorted(one), np.uint16), np.array(sorted(other), np.uint16))
     assert chain.decode_indexes(chain.encode_indexes(joined)).tolist() == sorted(one | other)
+
+
+@given(st.sets(indexes), st.data())
+def test_damage_of_carried_indexes_is_noticed(carried: set[int], data: st.DataObject) -> None:
+    blob = bytearray(chain.encode_indexes(np.array(sorted(carried), np.uint16)))
+    bit = data.draw(st.integers(0, 8 * len(blob) - 1))
+    blob[bit // 8] ^= 1 << bit % 8
+    for damaged in (bytes(blob), bytes(blob[: bit // 8]), chain.encode(a_page(dict.fromkeys(carried, 0)))):
+        with pytest.raises(CatalogFailed):
+            chain.decode_indexes(damaged)
