@@ -199,6 +199,7 @@ class Catalog:
     async def add_pack(self, pack: str, size_bytes: int, blocks: Sequence[BlockPlace]) -> None:
         """Record a durable pack and its blocks in one transaction."""
         async with self._db.transaction() as cursor:
+            await cursor.check_room()
             number = await cursor.insert("INSERT INTO packs (name, size_bytes) VALUES (?, ?)", (pack, size_bytes))
             # In the order of the digests: neighbouring inserts then touch neighbouring pages of the unique index.
             entries = [

@@ -19,6 +19,7 @@ import aiosqlite
 
 from hvsnap.catalog.lock import StateLock
 from hvsnap.catalog.migrations import migrate
+from hvsnap.catalog.reserve import Reserve
 from hvsnap.errors import CatalogFailed, NoSpace
 
 BUSY_TIMEOUT_MS = 10_000
@@ -88,8 +89,9 @@ class Cursor(Reader):
     ``after_commit`` is called once the transaction is committed, and only then.
     """
 
-    def __init__(self, connection: aiosqlite.Connection, path: Path) -> None:
+    def __init__(self, connection: aiosqlite.Connection, path: Path, reserve: Reserve) -> None:
         super().__init__(connection, path)
+        self._reserve = reserve
         self.after_commit: Callable[[], None] = lambda: None
         self.over = False
 
@@ -109,6 +111,15 @@ class Cursor(Reader):
     async def many(self, sql: str, rows: Iterable[Iterable[Any]]) -> None:
         """Run one statement for each row."""
         await self._run(self._connection.executemany, sql, rows)
+
+    async def check_room(self) -> None:
+        """Raise :class:`NoSpace` if what is left is for making room: asked before the catalog is made to grow."""
+        if self._reserve.held:
+            return
+        sql = "SELECT freelist_count * page_size FROM pragma_freelist_count, pragma_page_size"
+        ((reusable_bytes,),) = await self.read(sql)
+        if not await asyncio.to_thread(self._reserve.has_room, reusable_bytes):
+            raise NoSpace(f"the device of the catalog {self._path} is nearly full")
 
     async def _run(self, run: Callable[..., Any], sql: str, parameters: Iterable[Any]) -> aiosqlite.Cursor:
         self._check()
@@ -130,9 +141,17 @@ class Cursor(Reader):
 class Database:
     """Connections to one catalog file, and its transactions."""
 
-    def __init__(self, path: Path, lock: StateLock, writer: aiosqlite.Connection, reader: aiosqlite.Connection) -> None:
+    def __init__(
+        self,
+        path: Path,
+        lock: StateLock,
+        reserve: Reserve,
+        writer: aiosqlite.Connection,
+        reader: aiosqlite.Connection,
+    ) -> None:
         self.path = path
         self._lock = lock
+        self._reserve = reserve
         self._writer = writer
         self._reader_connection = reader
         self._reader = Reader(reader, path)
@@ -151,7 +170,9 @@ class Database:
         async with contextlib.AsyncExitStack() as undo:
             undo.callback(lock.release)
             await settled(asyncio.to_thread(lock.acquire))
+            reserve = Reserve(directory)
             try:
+                await asyncio.to_thread(reserve.adjust)
                 writer = await _connect(path)
                 undo.push_async_callback(writer.close)
                 await migrate(writer, path)
@@ -160,7 +181,7 @@ class Database:
             except sqlite3.Error as error:
                 raise failure(error, path) from error
             undo.pop_all()
-        return cls(path, lock, writer, reader)
+        return cls(path, lock, reserve, writer, reader)
 
     async def close(self) -> None:
         """Close the file; a transaction under way ends first."""
@@ -201,7 +222,7 @@ class Database:
             raise RuntimeError("a transaction within a transaction: use the one that is open")
         async with self._turn:
             self._holder = asyncio.current_task()
-            cursor = Cursor(self._writer, self.path)
+            cursor = Cursor(self._writer, self.path, self._reserve)
             try:
                 await settled(self._begin())
                 yield cursor
@@ -215,6 +236,10 @@ class Database:
 
     async def _begin(self) -> None:
         try:
+            if await asyncio.to_thread(self._reserve.adjust):
+                # What the log holds can be written back now; it is cut, and its space is free again.
+                with contextlib.suppress(sqlite3.Error):
+                    await self._writer.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
             await self._writer.execute("BEGIN IMMEDIATE")
         except sqlite3.Error as error:
             raise failure(error, self.path) from error
@@ -234,7 +259,10 @@ class Database:
 
 async def _connect(path: Path, *, read_only: bool = False) -> aiosqlite.Connection:
     """Open a connection with our settings."""
-    connection = await aiosqlite.connect(path, isolation_level=None)
+    connection = aiosqlite.connect(path, isolation_level=None)
+    # A process that ends by an error must not wait for a connection that nobody closed: what is committed is durable.
+    connection._thread.daemon = True
+    await connection
     pragmas = [
         f"busy_timeout = {BUSY_TIMEOUT_MS}",
         "foreign_keys = ON",

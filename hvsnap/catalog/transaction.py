@@ -54,7 +54,8 @@ class Transaction:
         return sequence
 
     async def put_page(self, snapshot_id: SnapshotId, page: int, entries: Page) -> None:
-        """Write a snapshot's entries of one page, in place of those it had."""
+        """Write a snapshot's entries of one page, in place of those it had; raises :class:`NoSpace` in time."""
+        await self._cursor.check_room()
         number = await self._number(snapshot_id)
         sql = "INSERT OR REPLACE INTO pages (snapshot, page, entries) VALUES (?, ?, ?)"
         await self._cursor.execute(sql, (number, page, chain.encode(entries)))
