@@ -20,6 +20,7 @@ from hvsnap.capture.space import SpaceLimits, check, watch
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import AgentUnavailable, HypervisorFailed
 from hvsnap.hypervisor import images
+from hvsnap.hypervisor.image_lock import images_locked
 from hvsnap.model import Consistency, GuestUuid, OperationId
 from hvsnap.ports import Hypervisor
 
@@ -51,15 +52,20 @@ class Capture:
     async def run(self) -> None:
         """Take the snapshots: accomplished when this returns. The guest is not yet back on its images."""
         definition = await self._hypervisor.definition(self._order.guest)
-        if self._order.mode is Mode.OFFLINE:
-            consistency, note = await self._hold_offline()
-        else:
-            consistency, note = await self._redirect()
-        async with self._watching_space():
+        async with self._instant() as (consistency, note), self._watching_space():
             done: list[tuple[DiskPlan, Totals]] = [await self._recorder.record(plan) for plan in self._order.disks]
         await self._recorder.accomplish(self._order.operation, done, consistency, note, definition)
 
     # -- holding the instant ----------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _instant(self) -> AsyncIterator[tuple[Consistency, str]]:
+        """Keep the disks as they were at one instant for as long as the context lasts; tells of its consistency."""
+        if self._order.mode is Mode.OFFLINE:
+            async with self._held_offline() as consistency:
+                yield consistency, ""
+        else:
+            yield await self._redirect()
 
     async def _redirect(self) -> tuple[Consistency, str]:
         """Redirect the guest's writes to overlays; the images are frozen when this returns."""
@@ -119,14 +125,19 @@ class Capture:
             if shown.get(plan.captured.target) != expected:
                 raise HypervisorFailed(f"disk {plan.captured.target} is on {shown.get(plan.captured.target)}")
 
-    async def _hold_offline(self) -> tuple[Consistency, str]:
-        """The images of a guest that is off are frozen by themselves; reading them takes their locks."""
+    @contextlib.asynccontextmanager
+    async def _held_offline(self) -> AsyncIterator[Consistency]:
+        """Keep the images of a guest that is off as they are: it does not start while they are read.
+
+        A guest that was started and stopped before the locks were taken does no harm: both bitmaps recorded it.
+        """
         for plan in self._order.disks:
             if plan.captured.new:
                 await images.bitmap_add(plan.captured.base, plan.captured.new, self._order.block_size)
-        await self._step(Step.READING)
-        # The guest was shut down, so its file systems are as consistent as they get.
-        return Consistency.CRASH if self._order.consistency is Consistency.CRASH else Consistency.APP, ""
+        async with images_locked([plan.captured.base for plan in self._order.disks]):
+            await self._step(Step.READING)
+            # The guest was shut down, so its file systems are as consistent as they get.
+            yield Consistency.CRASH if self._order.consistency is Consistency.CRASH else Consistency.APP
 
     # -- around it --------------------------------------------------------------------------------
 

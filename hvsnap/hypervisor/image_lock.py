@@ -1,0 +1,79 @@
+"""Keeping QEMU from writing to an image that is being read offline: QEMU's own locks, taken from outside.
+
+QEMU locks single bytes of an image file: 100 + n for a permission that it uses, 200 + n for one that it does not let
+others use (block/file-posix.c, "raw_apply_lock_bytes"). A guest's QEMU that wants to write looks at byte 201, and does
+not start when somebody holds it. qemu-nbd does this by itself for qcow2, whose metadata must not change under a reader,
+but not for raw images; and nobody does it between the readings of two disks of one group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import AsyncIterator, Sequence
+
+from hvsnap.errors import Busy, HypervisorFailed
+
+_USED, _UNSHARED = 100, 200
+_WRITE, _RESIZE = 1, 3  # numbers of QEMU's permissions BLK_PERM_WRITE and BLK_PERM_RESIZE
+_FLOCK = "hhqqi4x"  # struct flock on 64-bit Linux: type, whence, start, length, process
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+"""A file system without such locks: QEMU goes without them there, too."""
+
+
+def _request(fd: int, command: int, kind: int, byte: int) -> int:
+    """Ask for a lock of one byte that belongs to the open file, or who has it; return the lock's type then."""
+    answer = fcntl.fcntl(fd, command, struct.pack(_FLOCK, kind, os.SEEK_SET, byte, 1, 0))
+    found: int = struct.unpack(_FLOCK, answer)[0]
+    return found
+
+
+def _lock(path: str) -> int:
+    """Return an open file that holds the lock. Blocking."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise HypervisorFailed(f"cannot open {path}: {error.strerror}") from error
+    try:
+        # As QEMU does: take first, then look, so that of two who come at once at least one sees the other.
+        for permission in (_WRITE, _RESIZE):
+            _request(fd, fcntl.F_OFD_SETLK, fcntl.F_RDLCK, _UNSHARED + permission)
+        for permission in (_WRITE, _RESIZE):
+            if _request(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, _USED + permission) != fcntl.F_UNLCK:
+                raise Busy(f"{path} is open for writing elsewhere", hint="try again; a guest may just have started")
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            os.close(fd)
+            raise Busy(f"{path} cannot be locked: {error.strerror}", hint="try again") from error
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+@contextlib.asynccontextmanager
+async def images_locked(paths: Sequence[str]) -> AsyncIterator[None]:
+    """Keep images from being opened for writing for as long as the context lasts; readers are not disturbed.
+
+    Raises :class:`Busy` when one is open for writing already. A guest that is started meanwhile is refused by QEMU
+    ("Failed to get "write" lock").
+    """
+    with contextlib.ExitStack() as held:
+        for path in paths:
+            locking = asyncio.ensure_future(asyncio.to_thread(_lock, path))
+            try:
+                held.callback(os.close, await asyncio.shield(locking))
+            except asyncio.CancelledError:
+                locking.add_done_callback(_release)
+                raise
+        yield
+
+
+def _release(locking: asyncio.Future[int]) -> None:
+    """Let go of a lock that nobody waits for any more."""
+    if not locking.cancelled() and locking.exception() is None:
+        os.close(locking.result())
