@@ -1,0 +1,125 @@
+"""Planning a capture against the present, and writing it into the journal before anything of it is done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from hvsnap.capture.capture import Capture, CaptureOrder
+from hvsnap.capture.facts import KIND, CapturedDisk, CaptureFacts, Mode, Step
+from hvsnap.capture.plan import decide
+from hvsnap.capture.record import DiskPlan, Recorder
+from hvsnap.capture.space import SpaceLimits
+from hvsnap.catalog.catalog import Catalog
+from hvsnap.errors import ForeignJob
+from hvsnap.hypervisor import images
+from hvsnap.model import Bitmap, Disk, OperationId, Progress, Snapshot
+from hvsnap.ports import Clock, Hypervisor
+from hvsnap.service.lanes import Run
+from hvsnap.store.blocks import PackedBlocks
+
+BITMAP_PREFIX = "hvsnap-"
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureSettings:
+    """What the configuration says of captures."""
+
+    run_dir: str
+    overlay_dir: str
+    parallel: int
+    snapshots_per_disk: int
+    freeze_timeout_s: float
+    space: SpaceLimits
+
+
+class Planner:
+    """Makes captures of runs; ``report`` is told how far each one is."""
+
+    def __init__(
+        self,
+        hypervisor: Hypervisor,
+        catalog: Catalog,
+        store: PackedBlocks,
+        clock: Clock,
+        settings: CaptureSettings,
+        report: Callable[[Progress], None],
+    ) -> None:
+        self._hypervisor = hypervisor
+        self._catalog = catalog
+        self._store = store
+        self._clock = clock
+        self._settings = settings
+        self._report = report
+
+    async def begin(self, run: Run) -> tuple[OperationId, Capture]:
+        """Plan a run against the present, and write it into the journal."""
+        guest = await self._hypervisor.guest(run.guest)
+        mode = Mode.REDIRECT if guest.active else Mode.OFFLINE
+        plans = []
+        for disk_row, snapshot in zip(run.disks, run.snapshots, strict=True):
+            disk = await self._catalog.disk(disk_row.id)
+            plans.append(await self._plan(disk, snapshot, mode, run, self._store.block_size))
+        facts = CaptureFacts(mode, tuple(plan.captured for plan in plans))
+        async with self._catalog.write() as tx:
+            for plan in plans:
+                s = plan.snapshot
+                await tx.update_snapshot(
+                    s.id, parent=s.parent, kind=s.kind, method=s.method, reason=s.reason, size_bytes=s.size_bytes
+                )
+            operation = await tx.open_operation(KIND, run.guest, Step.BITMAPS, facts.as_json())
+        recorder = Recorder(self._catalog, self._store, self._clock, self._settings.run_dir, self._report)
+        order = CaptureOrder(
+            operation=operation.id,
+            guest=run.guest,
+            mode=mode,
+            disks=tuple(plans),
+            consistency=run.consistency,
+            freeze_timeout_s=self._settings.freeze_timeout_s,
+            space=self._settings.space,
+            block_size=self._store.block_size,
+        )
+        return operation.id, Capture(self._hypervisor, self._catalog, recorder, order)
+
+    async def _plan(self, disk: Disk, snapshot: Snapshot, mode: Mode, run: Run, block_size: int) -> DiskPlan:
+        """Decide how one disk is captured; raises :class:`ForeignJob` when somebody else is at work on it."""
+        info = await images.image_info(disk.source, disk.format)
+        bitmaps: Sequence[Bitmap] = info.bitmaps
+        if mode is Mode.REDIRECT:
+            job = await self._hypervisor.job(run.guest, disk.target)
+            if job is not None:
+                raise ForeignJob(f"a {job.type} job is at work on disk {disk.target} of {disk.guest_name}")
+            bitmaps = await self._hypervisor.bitmaps(run.guest, disk.target)
+        by_name = {bitmap.name: bitmap for bitmap in bitmaps}
+        head = await self._catalog.snapshot(disk.head) if disk.head else None
+        decision = decide(
+            disk,
+            by_name,
+            size_bytes=info.size_bytes,
+            head_size_bytes=None if head is None else head.size_bytes,
+            block_size=block_size,
+        )
+        captured = CapturedDisk(
+            disk=disk.id,
+            snapshot=snapshot.id,
+            target=disk.target,
+            base=disk.source,
+            base_format=disk.format,
+            overlay=self._overlay_path(disk, snapshot) if mode is Mode.REDIRECT else "",
+            old=disk.bitmap if disk.bitmap in by_name else None,
+            new=f"{BITMAP_PREFIX}{snapshot.id}" if info.holds_bitmaps else None,
+        )
+        planned = replace(
+            snapshot,
+            parent=disk.head,
+            kind=decision.kind,
+            method=decision.method,
+            reason=decision.reason,
+            size_bytes=info.size_bytes,
+        )
+        return DiskPlan(disk, planned, captured, decision)
+
+    def _overlay_path(self, disk: Disk, snapshot: Snapshot) -> str:
+        directory, name = os.path.split(disk.source)
+        return os.path.join(self._settings.overlay_dir or directory, f"{name}.{snapshot.id}.overlay")
