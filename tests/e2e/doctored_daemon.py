@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hvsnap.capture.capture import Capture
 from hvsnap.capture.record import DiskPlan, Recorder
 from hvsnap.hypervisor.libvirt import LibvirtHypervisor
 from tests import run_daemon
@@ -33,7 +32,6 @@ async def pass_gate(name: str, who: str) -> None:
 def install_gates() -> None:
     """Put gates before a disk is read, before the disks are switched, and before the snapshot is accomplished."""
     record, switch, accomplish = Recorder.record, LibvirtHypervisor.switch_to_overlays, Recorder.accomplish
-    hold = Capture._hold_offline
 
     async def gated_record(self: Recorder, plan: DiskPlan) -> Any:
         await pass_gate("read", plan.snapshot.id)
@@ -43,10 +41,6 @@ def install_gates() -> None:
         await pass_gate("switch", uuid)
         await switch(self, uuid, overlays)
 
-    async def gated_hold(self: Capture) -> Any:
-        await pass_gate("hold", self._order.guest)
-        return await hold(self)
-
     async def gated_accomplish(self: Recorder, operation: Any, *rest: Any) -> None:
         await pass_gate("accomplish", operation)
         await accomplish(self, operation, *rest)
@@ -54,7 +48,6 @@ def install_gates() -> None:
     Recorder.record = gated_record  # type: ignore[method-assign]
     LibvirtHypervisor.switch_to_overlays = gated_switch  # type: ignore[method-assign]
     Recorder.accomplish = gated_accomplish  # type: ignore[method-assign]
-    Capture._hold_offline = gated_hold  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -126,10 +126,9 @@ class Rig:
     def _command(self, one: Operation) -> str:
         if one.kind == "write":
             assert one.data is not None
-            # A pattern that is as long as the data, or is repeated by QEMU as numpy repeats it.
             path = self.scratch / f"pattern-{self._patterns % 16}"
             self._patterns += 1
-            path.write_bytes(one.data[:1021].tobytes())
+            path.write_bytes(one.data.tobytes())
             path.chmod(0o644)
             return f"write -s {path} {one.offset} {one.length}"
         word = {"zero": "write -z", "unmap": "write -z -u", "discard": "discard"}[one.kind]
@@ -307,6 +306,16 @@ class Rig:
         device = self._device(disk)
         entry = next(one for one in self.qmp("query-block") if one.get("qdev") == device)
         return sorted(bitmap["name"] for bitmap in entry["inserted"].get("dirty-bitmaps", []))
+
+    def format_node(self, disk: TestDisk) -> str:
+        """Return QEMU's name of the node that holds a disk's image."""
+        device = self._device(disk)
+        entry = next(one for one in self.qmp("query-block") if one.get("qdev") == device)
+        return str(entry["inserted"]["node-name"])
+
+    def replace(self, disk: TestDisk) -> None:
+        """Take note that somebody else has changed the image of a guest that is off."""
+        disk.replica = Replica(converted(disk.spec.path, disk.spec.format, self.scratch))
 
     def check_on_images(self) -> None:
         """Check that the guest is on its own images, and that nothing is left of captures."""
