@@ -35,6 +35,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 def create_app(service: Service) -> FastAPI:
     """Return the application; it holds nothing but the service."""
+    wire.build()
     app = FastAPI(
         title="hvsnap",
         summary="Snapshots of running KVM guests",
