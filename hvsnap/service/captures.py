@@ -178,7 +178,9 @@ class Captures:
             running = self._lanes.snapshots()
             for operation in await self._catalog.operations(KIND):
                 try:
-                    if running & {disk.snapshot for disk in CaptureFacts.of(operation).disks}:
+                    # Those, too, that began while this was waiting for something.
+                    at_work = running | self._lanes.snapshots()
+                    if at_work & {disk.snapshot for disk in CaptureFacts.of(operation).disks}:
                         continue
                     await self._settle.settle(operation)
                     outcome.append((operation, None))
@@ -186,7 +188,7 @@ class Captures:
                 except HvsnapError as error:
                     log.warning("capture %s cannot be settled yet: %s", operation.id, error.message)
                     outcome.append((operation, error))
-            await self._fail_forgotten(running)
+            await self._fail_forgotten()
             return outcome
 
     async def recover_loop(self) -> None:
@@ -196,12 +198,17 @@ class Captures:
             if await self._catalog.operations(KIND):
                 await self.recover()
 
-    async def _fail_forgotten(self, running: set[SnapshotId]) -> None:
-        """Mark snapshots failed that were waiting for their turn when the daemon died: no journal entry knows them."""
-        open_now = {d.snapshot for o in await self._catalog.operations(KIND) for d in CaptureFacts.of(o).disks}
-        for snapshot in await self._catalog.snapshots(state=State.PROGRESSING):
-            if snapshot.id not in running | self._lanes.snapshots() | open_now:
-                await self._fail([snapshot], "the daemon ended before its turn came")
+    async def _fail_forgotten(self) -> None:
+        """Mark snapshots failed that were waiting for their turn when the daemon died: no journal entry knows them.
+
+        Lanes, journal, rows, in this order: a run that ends in between is in one of the first two, or its row says so.
+        """
+        async with self._admitting:  # a new request's rows are there before its lanes are entered
+            known = self._lanes.snapshots()
+            known |= {d.snapshot for o in await self._catalog.operations(KIND) for d in CaptureFacts.of(o).disks}
+            for snapshot in await self._catalog.snapshots(state=State.PROGRESSING):
+                if snapshot.id not in known:
+                    await self._fail([snapshot], "the daemon ended before its turn came")
 
     # -- a run ------------------------------------------------------------------------------------
 
