@@ -37,7 +37,7 @@ from hvsnap.service.attendance import Attendance
 from hvsnap.service.captures import Captures, CaptureSettings
 from hvsnap.service.chains import Chains
 from hvsnap.service.disks import Disks
-from hvsnap.service.doctor import Doctor, Place
+from hvsnap.service.doctor import Doctor, places
 from hvsnap.service.feed import Feed, newest_sequence
 from hvsnap.service.guests import Guests
 from hvsnap.service.inventory import Inventory
@@ -212,16 +212,6 @@ def _capture_settings(settings: Settings, private: str) -> CaptureSettings:
         freeze_timeout_s=capture.freeze_timeout_s,
         space=SpaceLimits(capture.space_reserve_bytes, capture.overlay_limit_bytes),
     )
-
-
-def places(settings: Settings) -> list[Place]:
-    """Return the directories that hvsnap uses, as the doctor looks at them."""
-    found = [Place("state-dir", "state directory", settings.state_dir, private=True)]
-    if settings.store.path is not None:
-        found.append(Place("store", "store", str(settings.store.path), private=True))
-    if settings.capture.overlay_dir:
-        found.append(Place("overlay-dir", "directory of overlays", settings.capture.overlay_dir, private=False))
-    return found
 
 
 def _no_mqtt() -> wire.MqttStatus:

@@ -170,6 +170,8 @@ class Snapshot(Answer):
     accomplished_at: AwareDatetime | None
     group: str | None
     progress: int = Field(ge=0, le=100, description="percent")
+    done_bytes: int | None = Field(description="what is read of total_bytes; null unless it is being read")
+    total_bytes: int | None = Field(description="what is to be read")
     rate_bytes_s: float | None = Field(description="null unless it is being read")
     eta_s: float | None
 

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from hvsnap.capture.facts import KIND, CaptureFacts
 from hvsnap.catalog.catalog import Catalog
+from hvsnap.config import Settings
 from hvsnap.errors import HvsnapError
 from hvsnap.hypervisor.tools import run
 from hvsnap.model import DiskId, GuestView, Operation
@@ -45,6 +46,16 @@ class Place:
     private: bool
 
 
+def places(settings: Settings) -> list[Place]:
+    """Return the directories that hvsnap uses, as the configuration names them."""
+    found = [Place("state-dir", "state directory", settings.state_dir, private=True)]
+    if settings.store.path is not None:
+        found.append(Place("store", "store", str(settings.store.path), private=True))
+    if settings.capture.overlay_dir:
+        found.append(Place("overlay-dir", "directory of overlays", settings.capture.overlay_dir, private=False))
+    return found
+
+
 class Versions(Protocol):
     """The hypervisor's side of the doctor."""
 
@@ -67,6 +78,21 @@ async def host_findings(places: Sequence[Place]) -> list[Finding]:
         seen = await asyncio.to_thread(look_at_directory, place.path)
         found += findings.directory(place.check, place.purpose, seen, private=place.private)
     return found
+
+
+async def version_findings(hypervisor: Versions, uri: str) -> tuple[list[Finding], bool]:
+    """Look at the hypervisor's versions; also returns whether it answered."""
+    versions: dict[str, str] = {}
+    problem = ""
+    try:
+        versions = await hypervisor.versions()
+    except HvsnapError as error:
+        problem = error.message
+    found = [
+        *findings.qemu(findings.parse_version(versions.get("qemu", "") or await _answer_of_qemu())),
+        findings.libvirt(findings.parse_version(versions.get("libvirt", "")), problem, uri),
+    ]
+    return found, not problem
 
 
 async def _answer(*argv: str) -> str | None:
@@ -145,17 +171,8 @@ class Doctor:
         return report(found)
 
     async def _hypervisor_findings(self) -> list[Finding]:
-        versions: dict[str, str] = {}
-        problem = ""
-        try:
-            versions = await self._hypervisor.versions()
-        except HvsnapError as error:
-            problem = error.message
-        found = [
-            *findings.qemu(findings.parse_version(versions.get("qemu", "") or await _answer_of_qemu())),
-            findings.libvirt(findings.parse_version(versions.get("libvirt", "")), problem, self._uri),
-        ]
-        if problem:
+        found, answered = await version_findings(self._hypervisor, self._uri)
+        if not answered:
             return found
         with contextlib.suppress(HvsnapError):
             views: list[GuestView] = await self._inventory.guests()

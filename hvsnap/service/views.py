@@ -21,11 +21,10 @@ def when_or_none(seconds: float | None) -> datetime | None:
 
 def snapshot(row: Snapshot, disk: Disk, progress: Progress | None = None) -> wire.Snapshot:
     """Return a snapshot; ``progress`` is that of its running capture."""
-    if row.state is State.PROGRESSING and progress is not None:
-        # 100 is for what is durable, not for what was read (SERVICE 2.4).
-        percent, rate, eta = min(99, progress.percent), progress.rate_bytes_s, progress.eta_s
-    else:
-        percent, rate, eta = (100 if row.state is State.ACCOMPLISHED else 0), None, None
+    if row.state is not State.PROGRESSING:
+        progress = None
+    # 100 is for what is durable, not for what was read (SERVICE 2.4).
+    percent = 100 if row.state is State.ACCOMPLISHED else 0 if progress is None else min(99, progress.percent)
     return wire.Snapshot(
         id=row.id,
         disk=row.disk,
@@ -50,8 +49,10 @@ def snapshot(row: Snapshot, disk: Disk, progress: Progress | None = None) -> wir
         accomplished_at=when_or_none(row.accomplished_at),
         group=row.group,
         progress=percent,
-        rate_bytes_s=rate,
-        eta_s=eta,
+        done_bytes=None if progress is None else progress.done_bytes,
+        total_bytes=None if progress is None else progress.total_bytes,
+        rate_bytes_s=None if progress is None else progress.rate_bytes_s,
+        eta_s=None if progress is None else progress.eta_s,
     )
 
 
