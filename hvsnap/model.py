@@ -89,13 +89,17 @@ class DiskView:
 
 @dataclass(frozen=True, slots=True)
 class GuestView:
-    """A guest as the hypervisor shows it at this moment."""
+    """A guest as the hypervisor shows it at this moment.
+
+    ``fleece``: its images must stay current while it runs, so that it is captured by fleece and not by redirecting.
+    """
 
     uuid: GuestUuid
     name: str
     state: GuestState
     persistent: bool
     disks: tuple[DiskView, ...]
+    fleece: bool = False
 
     @property
     def active(self) -> bool:

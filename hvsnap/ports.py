@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from hvsnap.model import Bitmap, BlockPlace, DiskView, Event, GuestUuid, GuestView, Progress
+from hvsnap.errors import HvsnapError
+from hvsnap.model import Bitmap, BlockPlace, DiskView, Event, GuestUuid, GuestView, Progress, SnapshotId
 
 UInt64Array = npt.NDArray[np.uint64]
 
@@ -170,11 +171,14 @@ class BlockStore(Protocol):
 class NbdExport:
     """A disk behind a private Unix socket: what every way of capturing ends in, and restores write to.
 
-    ``bitmap`` names the dirty bitmap that is exported with it.
+    ``bitmap`` names the dirty bitmap that is exported with it, ``name`` the export where a socket has several. With
+    ``give_back``, blocks that nobody will read (any more) are discarded: whoever holds the instant need not keep them.
     """
 
     socket: str
     bitmap: str | None = None
+    name: str = ""
+    give_back: bool = False
 
     @property
     def bitmap_context(self) -> str | None:
@@ -195,6 +199,50 @@ class JobView:
     ready: bool
 
 
+@dataclass(frozen=True, slots=True)
+class FleecedDisk:
+    """One disk to be fleeced. ``snapshot`` is in the name of everything that is made for it in QEMU.
+
+    ``scratch`` is the path of an empty qcow2 image of the disk's size, ``old`` the bitmap to be read (None: none).
+    """
+
+    target: str
+    snapshot: SnapshotId
+    scratch: str
+    old: str | None
+
+
+class Fleecer(Protocol):
+    """Holds an instant inside the guest's own QEMU: before a block is overwritten, it is copied to a scratch image.
+
+    Everything made is found again by its name, whatever was interrupted. Raises as :class:`Hypervisor` does.
+    """
+
+    async def fleece_prepare(self, uuid: GuestUuid, disks: Sequence[FleecedDisk]) -> None:
+        """Put everything in place; no instant is held yet. Raises :class:`Refused`, :class:`ForeignJob`."""
+        ...
+
+    async def fleece_hold(self, uuid: GuestUuid, disks: Sequence[FleecedDisk]) -> None:
+        """Hold the instant of all disks, at once or not at all."""
+        ...
+
+    async def fleece_export(self, uuid: GuestUuid, disks: Sequence[FleecedDisk]) -> dict[str, NbdExport]:
+        """Make the held instants readable: target → export, with the disk's bitmap where one is asked for."""
+        ...
+
+    async def fleece_undo(self, uuid: GuestUuid, disks: Sequence[FleecedDisk]) -> None:
+        """Remove everything of these disks' fleece from QEMU, whatever there is of it; the guest must be running."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """All guests that could be seen, and why others could not: name of a guest or of a hypervisor → reason."""
+
+    guests: list[GuestView]
+    silent: dict[str, HvsnapError]
+
+
 class Hypervisor(Protocol):
     """Guests and what hvsnap asks of them. Every call looks at the present; nothing is cached.
 
@@ -203,7 +251,11 @@ class Hypervisor(Protocol):
     """
 
     async def guests(self) -> list[GuestView]:
-        """Return all guests, running or not."""
+        """Return all guests, running or not; those of a hypervisor that does not answer may be missing."""
+        ...
+
+    async def census(self) -> Census:
+        """Return all guests, and what kept others from being seen."""
         ...
 
     async def guest(self, uuid: GuestUuid) -> GuestView:
@@ -254,12 +306,28 @@ class Hypervisor(Protocol):
         """Point the persistent definition of a shut-off guest's disk at an image (after an offline commit)."""
         ...
 
+    async def fleecer(self, uuid: GuestUuid) -> Fleecer:
+        """Return who fleeces the guest's disks; raises :class:`HypervisorFailed` where nobody can."""
+        ...
+
     async def start(self, uuid: GuestUuid) -> None:
         """Start a guest that is shut off."""
         ...
 
     async def shutdown(self, uuid: GuestUuid, timeout_s: float) -> None:
         """Shut a guest down gracefully; raises if it is still there at the deadline."""
+        ...
+
+
+class GuestMemory(Protocol):
+    """Remembers what a bare guest looked like: nobody else knows its disks while it is off."""
+
+    async def recall(self, guest: str) -> dict[str, Any] | None:
+        """Return what was remembered of a guest (JSON)."""
+        ...
+
+    async def remember(self, guest: str, seen: dict[str, Any]) -> None:
+        """Remember it, durably."""
         ...
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from hvsnap.catalog.catalog import Catalog
-from hvsnap.errors import GuestUnknown, HypervisorFailed, HypervisorUnreachable
+from hvsnap.errors import GuestUnknown, HvsnapError, HypervisorFailed, HypervisorUnreachable
 from hvsnap.model import (
     Bitmap,
     Disk,
@@ -24,7 +24,7 @@ from hvsnap.model import (
     SnapshotId,
     State,
 )
-from hvsnap.ports import JobView
+from hvsnap.ports import Census, JobView
 from hvsnap.service.requests import SnapshotRequest
 from tests.catalog_kit import StoppedClock
 
@@ -49,6 +49,7 @@ class FakeHypervisor:
         self.bitmaps_of: dict[tuple[GuestUuid, str], list[Bitmap]] = {}
         self.log: list[str] = []
         self.unreachable = False
+        self.silent: dict[str, HvsnapError] = {}
         self.ignores_shutdown = False
         self.before_looking: list[Callable[[], None]] = []
 
@@ -61,6 +62,9 @@ class FakeHypervisor:
     async def guests(self) -> list[GuestView]:
         self._look()
         return sorted(self.shown.values(), key=lambda guest: guest.name)
+
+    async def census(self) -> Census:
+        return Census(await self.guests(), dict(self.silent))
 
     async def guest(self, uuid: GuestUuid) -> GuestView:
         self._look()

@@ -14,15 +14,18 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+from typing import Any
+
 from hvsnap.catalog import chain, rows
+from hvsnap.catalog.blocks import Blocks
 from hvsnap.catalog.chain import IndexArray, Page
-from hvsnap.catalog.db import Database, Row
+from hvsnap.catalog.db import Database, Row, settled
 from hvsnap.catalog.transaction import Transaction
-from hvsnap.errors import Damaged, DiskUnknown, NotFound, SnapshotUnknown
+from hvsnap.errors import DiskUnknown, NotFound, SnapshotUnknown
 from hvsnap.model import BlockPlace, Disk, DiskId, Event, GuestUuid, Operation, OperationId, Snapshot, SnapshotId, State
 from hvsnap.ports import Clock, UInt64Array
-
-_VARIABLES_MAX = 500
 
 VIEWS_AT_ONCE = 16
 """Pages of a view that are read and laid over each other together: a chain of 64 nodes makes that 40 MiB at most."""
@@ -45,12 +48,20 @@ class Catalog:
     def __init__(self, database: Database, clock: Clock) -> None:
         self._db = database
         self._clock = clock
+        self.blocks = Blocks(database)
         self.on_event: list[Callable[[Event], None]] = []
 
     @classmethod
     async def open(cls, state_dir: Path, clock: Clock) -> Catalog:
         """Open the catalog in ``state_dir``; raises as :meth:`Database.open` does."""
-        return cls(await Database.open(state_dir), clock)
+        database = await Database.open(state_dir)
+        try:
+            catalog = cls(database, clock)
+            await catalog.blocks.load()
+        except BaseException:
+            await settled(database.close())
+            raise
+        return catalog
 
     async def close(self) -> None:
         """Close it."""
@@ -174,53 +185,28 @@ class Catalog:
     # -- blocks (ports.BlockIndex) ----------------------------------------------------------------
 
     async def find(self, digests: Sequence[bytes]) -> dict[bytes, int]:
-        """Return the ids of those digests that are stored."""
-        found: dict[bytes, int] = {}
-        for start in range(0, len(digests), _VARIABLES_MAX):
-            part = digests[start : start + _VARIABLES_MAX]
-            marks = ",".join("?" * len(part))
-            rows_found = await self._db.read(f"SELECT digest, id FROM blocks WHERE digest IN ({marks})", part)
-            found.update((digest, number) for digest, number in rows_found)
-        return found
+        """Return the ids of those digests that are stored, and not known to be damaged."""
+        return await self.blocks.find(digests)
+
+    async def damaged(self, digests: Iterable[bytes]) -> dict[bytes, int]:
+        """Return the ids of those digests whose stored form is damaged: storing them again heals these blocks."""
+        return await self.blocks.damaged(digests)
 
     async def places(self, ids: Sequence[int]) -> list[BlockPlace]:
-        """Return where blocks lie, in the order asked for; an unknown id is :class:`Damaged`."""
-        sql = """SELECT b.id, b.digest, p.name, b.offset, b.length, b.flags
-                 FROM json_each(?) j JOIN blocks b ON b.id = j.value JOIN packs p ON p.number = b.pack"""
-        distinct = sorted({int(number) for number in ids})
-        found = {row[0]: BlockPlace(*row) for row in await self._db.read(sql, (json.dumps(distinct),))}
-        if len(found) != len(distinct):
-            missing = next(number for number in distinct if number not in found)
-            raise Damaged(
-                f"block {missing} is not in the catalog", hint="the catalog is damaged; keep the store as it is"
-            )
-        return [found[int(number)] for number in ids]
+        """Return where blocks lie, in the order asked for; an unknown id is :class:`~hvsnap.errors.Damaged`."""
+        return await self.blocks.places(ids)
+
+    async def digests(self, ids: UInt64Array) -> npt.NDArray[np.uint8]:
+        """Return digests, ``uint8[n, 32]``, in the order asked for; an unknown id is Damaged."""
+        return await self.blocks.digests(ids)
 
     async def add_pack(self, pack: str, size_bytes: int, blocks: Sequence[BlockPlace]) -> None:
-        """Record a durable pack and its blocks in one transaction."""
-        async with self._db.transaction() as cursor:
-            await cursor.check_room()
-            number = await cursor.insert("INSERT INTO packs (name, size_bytes) VALUES (?, ?)", (pack, size_bytes))
-            # In the order of the digests: neighbouring inserts then touch neighbouring pages of the unique index.
-            entries = [
-                (b.id, b.digest, number, b.offset, b.length, b.flags) for b in sorted(blocks, key=lambda b: b.digest)
-            ]
-            await cursor.many(
-                "INSERT INTO blocks (id, digest, pack, offset, length, flags) VALUES (?,?,?,?,?,?)", entries
-            )
-            if blocks:
-                highest = str(max(block.id for block in blocks))
-                await cursor.execute(
-                    """INSERT INTO meta VALUES ('block_id_max', ?)
-                       ON CONFLICT (key) DO UPDATE SET value = excluded.value
-                       WHERE CAST(excluded.value AS INTEGER) > CAST(value AS INTEGER)""",
-                    (highest,),
-                )
+        """Record a durable pack and its blocks in one transaction; a damaged block among them is healed."""
+        await self.blocks.add_pack(pack, size_bytes, blocks)
 
     async def next_block_id(self) -> int:
         """Return an id greater than any that was ever recorded, deleted ones included."""
-        found = await self._db.read("SELECT value FROM meta WHERE key = 'block_id_max'")
-        return int(found[0][0]) + 1 if found else 1
+        return await self.blocks.next_id()
 
     # -- references -------------------------------------------------------------------------------
 
@@ -236,6 +222,19 @@ class Catalog:
                 pages = await asyncio.to_thread(_decode_rows, [row[1:] for row in batch])
                 for row, (page, entries) in zip(batch, pages, strict=True):
                     yield ids[row[0]], page, entries
+
+    # -- bare guests ------------------------------------------------------------------------------
+
+    async def recall(self, guest: str) -> dict[str, Any] | None:
+        """Return what was remembered of a bare guest (:class:`hvsnap.ports.GuestMemory`)."""
+        found = await self._db.read("SELECT value FROM meta WHERE key = ?", (f"guest/{guest}",))
+        seen: dict[str, Any] | None = json.loads(found[0][0]) if found else None
+        return seen
+
+    async def remember(self, guest: str, seen: dict[str, Any]) -> None:
+        """Remember what a bare guest looks like."""
+        async with self.write() as tx:
+            await tx.remember_guest(guest, seen)
 
     # -- journal and events -----------------------------------------------------------------------
 

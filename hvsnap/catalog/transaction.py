@@ -103,6 +103,13 @@ class Transaction:
         """End an operation: nothing of it is left open."""
         await self._cursor.execute("DELETE FROM operations WHERE id = ?", (operation,))
 
+    # -- bare guests ------------------------------------------------------------------------------
+
+    async def remember_guest(self, name: str, seen: dict[str, Any]) -> None:
+        """Remember what a bare guest looked like."""
+        sql = "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
+        await self._cursor.execute(sql, (f"guest/{name}", json.dumps(seen)))
+
     # -- events -----------------------------------------------------------------------------------
 
     async def emit(self, event_type: str, payload: dict[str, Any]) -> Event:

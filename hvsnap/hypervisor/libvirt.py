@@ -22,7 +22,7 @@ from hvsnap.errors import AgentUnavailable, GuestUnknown, HypervisorFailed
 from hvsnap.hypervisor import domain_xml, qemu_nodes
 from hvsnap.hypervisor.libvirt_connection import LibvirtConnection, Lifecycle
 from hvsnap.model import Bitmap, GuestState, GuestUuid, GuestView, Layer
-from hvsnap.ports import JobView
+from hvsnap.ports import Census, Fleecer, JobView
 
 T = TypeVar("T")
 
@@ -113,6 +113,10 @@ class LibvirtHypervisor:
             return sorted(views, key=lambda view: view.name)
 
         return await self.connection.call(work)
+
+    async def census(self) -> Census:
+        """Return all guests; none is left out while libvirt answers."""
+        return Census(await self.guests(), {})
 
     async def guest(self, uuid: GuestUuid) -> GuestView:
         """Return one guest; raises :class:`GuestUnknown`."""
@@ -239,6 +243,10 @@ class LibvirtHypervisor:
             domain.fsThaw(None, 0)
 
         await self._on(uuid, work)
+
+    async def fleecer(self, uuid: GuestUuid) -> Fleecer:
+        """Raise: guests of libvirt are captured by redirecting, which costs them less."""
+        raise HypervisorFailed(f"guest {uuid} belongs to libvirt and is never fleeced")
 
     async def start(self, uuid: GuestUuid) -> None:
         """Start a guest that is shut off; one that runs is no error."""
