@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import ssl
 from dataclasses import dataclass
@@ -26,9 +27,14 @@ from hvsnap.errors import ConfigInvalid
 from hvsnap.mqtt.credentials import Credentials
 
 # Reason codes of MQTT 5 (2.4); paho translates those of 3.1.1 into them.
+_UNSPECIFIED = 0x80
 _UNSUPPORTED_VERSION = 0x84
 _LASTING = {0x85: "client id not valid", 0x86: "wrong user name or password", 0x87: "not authorised", 0x8A: "banned"}
 _TAKEN_OVER = 0x8E
+
+_quiet = logging.getLogger(f"{__name__}.paho")
+"""For paho, which logs as errors what it returns as errors, too: we tell those once, not at every attempt."""
+_quiet.setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +235,7 @@ async def _connect(
         timeout=timings.answer_s,
         keepalive=timings.keepalive_s,
         max_queued_incoming_messages=1,
+        logger=_quiet,
         tls_context=credentials.tls,
     )
     opening = asyncio.ensure_future(client.__aenter__())
@@ -241,6 +248,8 @@ async def _connect(
     except aiomqtt.MqttError as error:
         client.cut()
         raise explain(error, tls=where.tls, user=credentials.username) from error
+    except UnicodeError as error:  # not even a name that could be asked for
+        raise BrokerFailed(f"the broker's name {where.host!r} is no host name: {error}", lasting=True) from error
     return Connection(client, version=version, tls=where.tls)
 
 
@@ -273,11 +282,13 @@ def _explain_code(error: aiomqtt.MqttCodeError, *, tls: bool, user: str | None) 
         other.certain = True
         return other
     if isinstance(error, _ClosedEarly) and code not in _LASTING:
-        hint = "" if tls else " (is this its TLS port?)"
-        return _OtherVersion(f"the broker closed the connection without an answer{hint}")
+        hint = "does it ask for a client certificate?" if tls else "is this its TLS port?"
+        return _OtherVersion(f"the broker closed the connection without an answer ({hint})")
     if code in _LASTING:
         who = f"user {user}" if user else "connections without a user name"
         return BrokerFailed(f"the broker refuses {who}: {_LASTING[code]}", lasting=True)
     if code == _TAKEN_OVER:
         return BrokerFailed("another client connected with this host's id: is host_id used twice?")
-    return BrokerFailed(f"the connection was lost: {error.rc if isinstance(error.rc, ReasonCode) else error}")
+    if code in (None, _UNSPECIFIED):
+        return BrokerFailed("the connection was lost")
+    return BrokerFailed(f"the broker closed the connection: {error.rc}")

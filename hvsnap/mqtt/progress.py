@@ -72,7 +72,8 @@ class ProgressBoard:
                 for progress in self._take():
                     await self._publish(connection, progress)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._woken.wait(), self._pause_s())
+                    async with asyncio.timeout(self._pause_s()):
+                        await self._woken.wait()
         finally:
             self._open = False
             self._waiting.clear()

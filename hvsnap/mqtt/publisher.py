@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import Any
 
 from hvsnap import __version__, config, wire
@@ -28,6 +28,11 @@ from hvsnap.ports import Clock
 from hvsnap.service.views import when
 
 log = logging.getLogger(__name__)
+
+CUT_SHORT_MAX = 3
+"""Connections that end soon after they were accepted, in a row, before that looks like more than chance."""
+
+CANCEL_AGAIN_S = 0.1
 
 
 class MqttPublisher:
@@ -49,6 +54,8 @@ class MqttPublisher:
         self._outbox = Outbox(catalog, host_id, topics.event, self._told)
         self._backoff = Backoff(self._timings.pause_min_s, self._timings.pause_max_s)
         self._connected = False
+        self._accepted = False
+        self._cut_short = 0
         self._error = ""
 
     # -- the daemon's side ------------------------------------------------------------------------
@@ -88,6 +95,7 @@ class MqttPublisher:
         """Connect, and publish as long as the connection holds. Return after how many seconds to try again."""
         loop = asyncio.get_running_loop()
         began = loop.time()
+        self._accepted = False
         try:
             await self._session(await self._connect())
         except BrokerFailed as error:
@@ -102,9 +110,15 @@ class MqttPublisher:
             why, lasting = f"a fault in hvsnap: {error!r}", True
         else:
             why, lasting = "", False
-        if loop.time() - began > self._timings.pause_max_s:
-            # Only a connection that lasted: one that is accepted and dropped at once would be tried without end.
+        if self._accepted and loop.time() - began > self._timings.pause_max_s:
+            # Only after a connection that lasted: one that is accepted and dropped at once would be tried without end.
             self._backoff.reset()
+            self._cut_short = 0
+        elif self._accepted:
+            self._cut_short += 1
+            if self._cut_short >= CUT_SHORT_MAX:
+                # A broker need not say why it drops the older of two clients with the same id; mosquitto 2.0 does not.
+                why += f", again and again soon after it was made: does another host use host_id {self._host_id}, too?"
         self._failed(why)
         return self._backoff.long_pause_s() if lasting else self._backoff.pause_s()
 
@@ -116,16 +130,7 @@ class MqttPublisher:
     async def _session(self, connection: Connection) -> None:
         """Publish everything until the connection is lost (:class:`BrokerFailed`) or this is cancelled."""
         try:
-            await self._announce(connection)
-            await _first_failure(
-                {
-                    "mqtt-lost": connection.lost(),
-                    "mqtt-events": self._outbox.run(connection),
-                    "mqtt-progress": self._progress.run(connection),
-                    "mqtt-states": self._states.run(connection),
-                    "mqtt-status": self._keep_announcing(connection),
-                }
-            )
+            await _first_failure({"mqtt-lost": connection.lost(), "mqtt-publish": self._publish(connection)})
         except asyncio.CancelledError:
             with contextlib.suppress(BrokerFailed, HvsnapError, TimeoutError):
                 async with asyncio.timeout(self._timings.farewell_s):
@@ -135,6 +140,18 @@ class MqttPublisher:
             self._connected = False
             # Without a goodbye unless there was one: the broker is to tell that we are gone.
             connection.cut()
+
+    async def _publish(self, connection: Connection) -> None:
+        await self._announce(connection)
+        self._accepted = True
+        await _first_failure(
+            {
+                "mqtt-events": self._outbox.run(connection),
+                "mqtt-progress": self._progress.run(connection),
+                "mqtt-states": self._states.run(connection),
+                "mqtt-status": self._keep_announcing(connection),
+            }
+        )
 
     async def _announce(self, connection: Connection) -> None:
         await connection.publish(self._topics.status, self._status(Presence.ONLINE), retain=True)
@@ -188,9 +205,27 @@ async def _first_failure(parts: dict[str, Coroutine[Any, Any, None]]) -> None:
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await _cancel(tasks)
     for task in tasks:
         if not task.cancelled():
             task.result()
+
+
+async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancel tasks and wait for their ends.
+
+    More than once, if need be: the wait_for() of Python 3.11, which aiomqtt uses, swallows a cancellation that comes
+    together with what it waits for (python/cpython#86296).
+    """
+    left = {task for task in tasks if not task.done()}
+    interrupted: asyncio.CancelledError | None = None
+    while left:
+        for task in left:
+            task.cancel()
+        try:
+            _done, left = await asyncio.wait(left, timeout=CANCEL_AGAIN_S)
+        except asyncio.CancelledError as error:
+            interrupted = error
+            left = {task for task in left if not task.done()}
+    if interrupted is not None:
+        raise interrupted

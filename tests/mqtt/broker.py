@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -71,13 +70,15 @@ class Broker:
         self._process.wait(10)
         self._process = None
 
-    def pause(self) -> None:
+    def signal(self, number: int) -> None:
         assert self._process is not None
-        os.kill(self._process.pid, signal.SIGSTOP)
+        self._process.send_signal(number)
+
+    def pause(self) -> None:
+        self.signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        assert self._process is not None
-        os.kill(self._process.pid, signal.SIGCONT)
+        self.signal(signal.SIGCONT)
 
 
 def password_file(path: Path, **users: str) -> Path:

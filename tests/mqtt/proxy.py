@@ -44,12 +44,17 @@ class MqttProxy:
         self.to_client: Filter = lambda packet: packet
         self.answer: Callable[[Packet], bytes | None] = lambda connect: None
         self.silent = False
+        self.overhear: list[bytes] | None = None
+        """Takes the first bytes of each connection, which is then passed on without a look at its packets."""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
                 if self.silent:
                     await reader.read()
+                    return
+                if self.overhear is not None:
+                    await self._overhear(self.overhear, reader, writer)
                     return
                 connect = await read_packet(reader)
                 self.connects.append(connect)
@@ -61,6 +66,16 @@ class MqttProxy:
                 await self._pass(connect, reader, writer)
         finally:
             writer.close()
+
+    async def _overhear(self, said: list[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        first = await reader.read(65536)
+        said.append(first)
+        upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", self.upstream_port)
+        try:
+            upstream_writer.write(first)
+            writer.write(await upstream_reader.read(65536))
+        finally:
+            upstream_writer.close()
 
     async def _pass(self, connect: Packet, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", self.upstream_port)

@@ -244,11 +244,21 @@ async def test_a_server_that_talks_nonsense_is_given_up(catalog: Catalog, publis
 
 
 async def test_two_hosts_of_the_same_name_are_told_of(broker: Broker, catalog: Catalog, publish: Publish) -> None:
-    one = await publish(broker.url)
-    await until(lambda: one.publisher.status().connected, "the first connection")
-    two = await publish(broker.url)
-    running = (one.publisher, two.publisher)
-    await until(lambda: any("host_id" in publisher.status().error for publisher in running), "the error")
+    running = [await publish(broker.url), await publish(broker.url)]
+    await until(lambda: any("host_id kvm1, too?" in one.publisher.status().error for one in running), "the error")
+
+
+async def test_a_broker_that_says_why_it_ends_the_connection_is_understood(
+    broker: Broker, catalog: Catalog, publish: Publish
+) -> None:
+    async with proxied(broker.port) as proxy:
+        for code, words in ((0x8E, "is host_id used twice?"), (0x8B, "Server shutting down")):
+            farewell = bytes([DISCONNECT << 4, 2, code, 0])
+            # After the first acknowledgement, in its place.
+            proxy.to_client = lambda packet, last=farewell: last if kind(packet) == PUBACK else packet  # type: ignore[misc]
+            running = await publish(f"mqtt://127.0.0.1:{proxy.port}")
+            await until(lambda one=running, said=words: said in one.publisher.status().error, "the error")  # type: ignore[misc]
+            await running.stop()
 
 
 async def test_a_name_that_is_not_found_is_tried_again(catalog: Catalog, publish: Publish) -> None:
