@@ -13,10 +13,10 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from typing import Any
 
 from hvsnap.catalog import chain, rows
 from hvsnap.catalog.blocks import Blocks

@@ -65,20 +65,42 @@ CREATE TABLE policies (
     created_at  REAL NOT NULL
 ) STRICT;
 
+-- Durable packs. 'live_bytes' are the stored bytes of the blocks that are still in 'blocks'. 'to_sweep' counts the changes
+-- since a sweep last looked at the pack. 'first_block' to 'last_block' hold the ids of the blocks that were new with it;
+-- 'indexed' says whether their digests are in 'digests'.
 CREATE TABLE packs (
-    number     INTEGER PRIMARY KEY,
-    name       TEXT NOT NULL UNIQUE,
-    size_bytes INTEGER NOT NULL
+    number      INTEGER PRIMARY KEY AUTOINCREMENT,
+    name        TEXT NOT NULL UNIQUE,
+    size_bytes  INTEGER NOT NULL,
+    live_blocks INTEGER NOT NULL,
+    live_bytes  INTEGER NOT NULL,
+    first_block INTEGER NOT NULL,
+    last_block  INTEGER NOT NULL,
+    indexed     INTEGER NOT NULL DEFAULT 0,
+    to_sweep    INTEGER NOT NULL DEFAULT 0,
+    verified_at REAL
+) STRICT;
+CREATE INDEX packs_not_indexed ON packs (number) WHERE NOT indexed;
+
+-- Durable blocks, 512 ids a row: ranges.encode(), and how many of the ids there are.
+CREATE TABLE blocks (
+    range   INTEGER PRIMARY KEY,
+    present INTEGER NOT NULL,
+    entries BLOB NOT NULL
 ) STRICT;
 
--- Durable blocks only. 'offset' and 'length' are of the stored form within the pack.
-CREATE TABLE blocks (
-    id     INTEGER PRIMARY KEY,
-    digest BLOB NOT NULL UNIQUE,
-    pack   INTEGER NOT NULL REFERENCES packs (number),
-    offset INTEGER NOT NULL,
-    length INTEGER NOT NULL,
-    flags  INTEGER NOT NULL
+-- Blocks by the first 47 bits of their digests. May hold too much, never too little but for packs that are not indexed.
+CREATE TABLE digests (
+    prefix INTEGER NOT NULL,
+    block  INTEGER NOT NULL,
+    PRIMARY KEY (prefix, block)
+) STRICT, WITHOUT ROWID;
+
+-- Blocks whose stored form turned out to be damaged, until the same content is stored again.
+CREATE TABLE damaged (
+    block    INTEGER PRIMARY KEY,
+    why      TEXT NOT NULL,
+    found_at REAL NOT NULL
 ) STRICT;
 
 -- Entries of a snapshot that differ from its parent: chain.encode(). A failed snapshot has none.

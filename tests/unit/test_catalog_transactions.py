@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 
 from hvsnap.catalog.catalog import Catalog
+from hvsnap.catalog.db import Cursor
 from hvsnap.errors import CatalogFailed, NoSpace
 from hvsnap.model import Event
 from tests.catalog_kit import StoppedClock, a_block, a_disk
@@ -144,16 +145,23 @@ async def test_a_commit_that_fails_announces_nothing(catalog: Catalog, monkeypat
     assert await catalog.events(0) == []
 
 
-async def test_readers_see_nothing_before_the_commit(catalog: Catalog) -> None:
+async def test_readers_see_nothing_before_the_commit(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = a_disk()
     async with catalog.write() as tx:
         await tx.add_disk(disk)
-        await tx._cursor.execute("INSERT INTO packs VALUES (1, 'p', 1)")
-        await tx._cursor.execute("INSERT INTO blocks VALUES (1, ?, 1, 0, 1, 0)", (a_block(1).digest,))
         assert await catalog.disks() == []
-        # Deduplication must not refer to a block whose row may yet be rolled back.
-        assert await catalog.find([a_block(1).digest]) == {}
     assert await catalog.disks() == [disk]
+    # Deduplication must not refer to a block whose row may yet be rolled back.
+    before_commit: list[object] = []
+    commit = catalog._db._commit
+
+    async def look_and_commit(cursor: Cursor) -> None:
+        before_commit.append(await catalog.find([a_block(1).digest]))
+        await commit(cursor)
+
+    monkeypatch.setattr(catalog._db, "_commit", look_and_commit)
+    await catalog.add_pack("p", 1, [a_block(1)])
+    assert before_commit == [{}]
     assert await catalog.find([a_block(1).digest]) == {a_block(1).digest: 1}
 
 

@@ -1,0 +1,321 @@
+"""The catalog's table of blocks: where each lies, and which digest is which block (:class:`hvsnap.ports.BlockIndex`).
+
+Rows of ``blocks`` hold ranges of ids (:mod:`hvsnap.catalog.ranges`), and are the truth. ``digests`` finds an id by the
+beginning of its digest; it is behind by the blocks of the newest packs (:mod:`hvsnap.catalog.recent`), which are read
+into memory at the start. Whatever it finds is compared with the whole digest, so an entry too many does no harm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from hvsnap.catalog import ranges
+from hvsnap.catalog.db import Cursor, Database
+from hvsnap.catalog.ranges import DIGEST_BYTES, ENTRY, EntryArray
+from hvsnap.catalog.recent import Prefixes, Recent, prefixes_of
+from hvsnap.errors import CatalogFailed, Damaged
+from hvsnap.model import BlockPlace
+from hvsnap.ports import UInt64Array
+
+RECENT_BLOCKS_MAX = 512 * 1024
+"""Blocks that are gathered before they enter the index: 8 MiB of memory, 32 GiB of new data."""
+
+MERGE_BLOCKS = 32 * 1024
+"""Blocks that enter the index in one transaction: others wait for it, a tenth of a second."""
+
+RANGES_AT_ONCE = 64
+"""Ranges that are read together, 1.7 MiB."""
+
+
+class Blocks:
+    """Finds and adds blocks, once :meth:`load` has read what is kept in memory."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+        self._packs: dict[int, str] = {}
+        self._recent = Recent()
+        self._merging: Recent | None = None
+        self._damaged: dict[int, bytes] = {}
+        self.turn = asyncio.Lock()
+        """Held while digests enter the index, or leave it."""
+        self.recent_max = RECENT_BLOCKS_MAX
+
+    async def load(self) -> None:
+        """Read what is kept in memory: the names of packs, the newest digests, what is damaged."""
+        self._packs = dict(await self._db.read("SELECT number, name FROM packs"))
+        waiting = "SELECT number, first_block, last_block FROM packs WHERE NOT indexed ORDER BY number"
+        for number, first, last in await self._db.read(waiting):
+            async for ids, entries in self.stretch(first, last):
+                mine = (entries["pack"] == number) & (ids >= first) & (ids <= last)
+                self._recent.add(number, prefixes_of(entries["digest"][mine]), ids[mine])
+        damaged = [row[0] for row in await self._db.read("SELECT block FROM damaged")]
+        digests = await self.digests(np.array(damaged, np.uint64))
+        self._damaged = {block: digest.tobytes() for block, digest in zip(damaged, digests, strict=True)}
+
+    # -- looking up -------------------------------------------------------------------------------
+
+    async def find(self, digests: Sequence[bytes]) -> dict[bytes, int]:
+        """Return the ids of those digests that are stored, and not known to be damaged."""
+        if not digests:
+            return {}
+        wanted = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
+        prefixes = prefixes_of(wanted)
+        # First what is in memory, before anything is awaited: it leaves there only for the index.
+        parts = [recent.candidates(prefixes) for recent in (self._merging, self._recent) if recent is not None]
+        parts.append(await self._indexed(prefixes))
+        candidates = np.unique(np.concatenate(parts))
+        known = set(digests)
+        found = {}
+        for block, digest in await self._digests_of_present(candidates):
+            if digest in known and block not in self._damaged:
+                found[digest] = block
+        return found
+
+    async def damaged(self, digests: Iterable[bytes]) -> dict[bytes, int]:
+        """Return the ids of those digests whose stored form is damaged: storing them again heals these blocks."""
+        if not self._damaged:
+            return {}
+        known = {digest: block for block, digest in self._damaged.items()}
+        return {digest: known[digest] for digest in digests if digest in known}
+
+    async def entries(self, ids: UInt64Array) -> EntryArray:
+        """Return the entries of blocks, in the order asked for; an unknown id is :class:`Damaged`."""
+        distinct, inverse = np.unique(ids, return_inverse=True)
+        found, present = await self._lookup(distinct)
+        if not present.all():
+            missing = int(distinct[np.flatnonzero(~present)[0]])
+            hint = "the catalog is damaged; keep the store as it is"
+            raise Damaged(f"block {missing} is not in the catalog", hint=hint)
+        result: EntryArray = found[inverse]
+        return result
+
+    async def places(self, ids: Sequence[int]) -> list[BlockPlace]:
+        """Return where blocks lie, in the order asked for; an unknown id is :class:`Damaged`."""
+        entries = await self.entries(np.array(ids, np.uint64))
+        digests = entries["digest"].tobytes()
+        columns = zip(
+            entries["pack"].tolist(),
+            entries["offset"].tolist(),
+            entries["length"].tolist(),
+            entries["flags"].tolist(),
+            strict=True,
+        )
+        return [
+            BlockPlace(int(block), digests[at : at + DIGEST_BYTES], self.pack_name(pack), offset, length, flags)
+            for block, at, (pack, offset, length, flags) in zip(
+                ids, range(0, len(digests), DIGEST_BYTES), columns, strict=True
+            )
+        ]
+
+    async def digests(self, ids: UInt64Array) -> npt.NDArray[np.uint8]:
+        """Return the digests of blocks, ``uint8[n, 32]``, in the order asked for; an unknown id is :class:`Damaged`."""
+        digests: npt.NDArray[np.uint8] = (await self.entries(ids))["digest"]
+        return digests
+
+    async def next_id(self) -> int:
+        """Return an id greater than any that was ever recorded, dropped ones included."""
+        found = await self._db.read("SELECT value FROM meta WHERE key = 'block_id_max'")
+        return int(found[0][0]) + 1 if found else 1
+
+    # -- adding -----------------------------------------------------------------------------------
+
+    async def add_pack(self, pack: str, size_bytes: int, blocks: Sequence[BlockPlace]) -> None:
+        """Record a durable pack and its blocks in one transaction; a damaged block among them is healed.
+
+        Raises :class:`CatalogFailed` for a block that is known, and whole.
+        """
+        if len(self._recent) >= self.recent_max:
+            await self.merge(above=self.recent_max)
+        ids, entries = _entries_of(blocks)
+        healed = [int(block) for block in ids if int(block) in self._damaged]
+        fresh = ~np.isin(ids, np.array(healed, np.uint64))
+        async with self._db.transaction() as cursor:
+            await cursor.check_room()
+            new_ids = ids[fresh]
+            bounds = (int(new_ids.min()), int(new_ids.max())) if new_ids.size else (0, -1)
+            sql = """INSERT INTO packs (name, size_bytes, live_blocks, live_bytes, first_block, last_block)
+                     VALUES (?, ?, ?, ?, ?, ?)"""
+            live = (len(blocks), int(entries["length"].sum()))
+            number = await cursor.insert(sql, (pack, size_bytes, *live, *bounds))
+            entries["pack"] = number
+            await self._write(cursor, ids, entries, may_replace=set(healed))
+            await forget_damage(cursor, healed)
+            await _raise_highest(cursor, bounds[1])
+            prefixes = prefixes_of(entries["digest"][fresh])
+            cursor.after_commit = lambda: self._added(number, pack, prefixes, new_ids, healed)
+
+    def _added(self, number: int, pack: str, prefixes: Prefixes, ids: UInt64Array, healed: list[int]) -> None:
+        self._packs[number] = pack
+        self._recent.add(number, prefixes, ids)
+        for block in healed:
+            self._damaged.pop(block, None)
+
+    async def merge(self, *, above: int = 0) -> None:
+        """Enter the newest digests into the index if there are as many as ``above``.
+
+        A part of them in each transaction; a crash or a full device in between costs a repetition.
+        """
+        async with self.turn:
+            while self._merging is not None or len(self._recent) >= max(1, above):
+                if self._merging is None:
+                    self._merging, self._recent = self._recent, Recent()
+                await self._merge(self._merging)
+                self._merging = None
+
+    async def _merge(self, recent: Recent) -> None:
+        for start in range(0, len(recent), MERGE_BLOCKS):
+            part = slice(start, start + MERGE_BLOCKS)
+            async with self._db.transaction() as cursor:
+                await cursor.check_room()
+                pairs = zip(recent.prefixes[part].tolist(), recent.ids[part].tolist(), strict=True)
+                await cursor.many("INSERT OR IGNORE INTO digests (prefix, block) VALUES (?, ?)", pairs)
+        async with self._db.transaction() as cursor:
+            sql = "UPDATE packs SET indexed = 1 WHERE number IN (SELECT value FROM json_each(?))"
+            await cursor.execute(sql, (json.dumps(recent.packs),))
+
+    # -- what the upkeep changes (hvsnap.catalog.upkeep), after its commit ------------------------
+
+    def forget(self, ids: UInt64Array) -> None:
+        """Forget dropped blocks; ``turn`` is held."""
+        self._recent.remove(ids)
+        if self._merging is not None:
+            self._merging.remove(ids)
+        for block in np.intersect1d(ids, np.array(list(self._damaged), np.uint64)).tolist():
+            self._damaged.pop(block, None)
+
+    def name_pack(self, number: int, name: str | None) -> None:
+        """Remember a pack, or forget it."""
+        if name is None:
+            self._packs.pop(number, None)
+        else:
+            self._packs[number] = name
+
+    def remember_damage(self, damaged: dict[int, bytes]) -> None:
+        """Hand these blocks, id to digest, out to no deduplication any more."""
+        self._damaged |= damaged
+
+    def pack_name(self, number: int) -> str:
+        """Return a pack's object name; an unknown one is :class:`Damaged`."""
+        name = self._packs.get(number)
+        if name is None:
+            hint = "the catalog is damaged; keep the store as it is"
+            raise Damaged(f"pack {number} is not in the catalog", hint=hint)
+        return name
+
+    async def stretch(self, first: int, last: int) -> AsyncIterator[tuple[UInt64Array, EntryArray]]:
+        """Yield ids and entries of all blocks of the ranges that hold ``first`` to ``last``, range by range."""
+        sql = "SELECT range, entries FROM blocks WHERE range BETWEEN ? AND ? ORDER BY range LIMIT ?"
+        at, end = first // ranges.RANGE_BLOCKS, last // ranges.RANGE_BLOCKS
+        while found := await self._db.read(sql, (at, end, RANGES_AT_ONCE)):
+            at = found[-1][0] + 1
+            for number, blob in found:
+                entries = ranges.decode(blob)
+                yield ranges.ids_of(number, entries), entries
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    async def _indexed(self, prefixes: Prefixes) -> UInt64Array:
+        """Return the ids that the index holds for prefixes."""
+        sql = "SELECT d.block FROM json_each(?) j CROSS JOIN digests d ON d.prefix = j.value"
+        found = await self._db.read(sql, (json.dumps(np.unique(prefixes).tolist()),))
+        return np.array([row[0] for row in found], np.uint64)
+
+    async def _digests_of_present(self, ids: UInt64Array) -> list[tuple[int, bytes]]:
+        """Return ids and digests of those ascending ids that are there."""
+        if not ids.size:
+            return []
+        found, present = await self._lookup(ids)
+        return [
+            (block, digest.tobytes())
+            for block, digest in zip(ids[present].tolist(), found["digest"][present], strict=True)
+        ]
+
+    async def _lookup(self, ids: UInt64Array) -> tuple[EntryArray, npt.NDArray[np.bool_]]:
+        """Return the entries of ascending ids, and which of them there are."""
+        entries = np.zeros(ids.size, ENTRY)
+        present = np.zeros(ids.size, np.bool_)
+        parts = list(ranges.group(ids))
+        for start in range(0, len(parts), RANGES_AT_ONCE):
+            some = parts[start : start + RANGES_AT_ONCE]
+            blobs = await self._blobs([number for number, _ in some])
+            _pick(ids, some, blobs, entries, present)
+        return entries, present
+
+    async def _blobs(self, numbers: list[int]) -> dict[int, bytes]:
+        sql = "SELECT b.range, b.entries FROM json_each(?) j CROSS JOIN blocks b ON b.range = j.value"
+        return dict(await self._db.read(sql, (json.dumps(numbers),)))
+
+    async def _write(self, cursor: Cursor, ids: UInt64Array, entries: EntryArray, *, may_replace: set[int]) -> None:
+        """Write ascending blocks into their ranges; only those that may be replaced may be there."""
+        for number, part in ranges.group(ids):
+            new = entries[part]
+            found = await cursor.read("SELECT entries FROM blocks WHERE range = ?", (number,))
+            if found:
+                old = ranges.decode(found[0][0])
+                known = set(ranges.ids_of(number, old[np.isin(old["slot"], new["slot"])]).tolist())
+                if not known <= may_replace:
+                    raise CatalogFailed(f"block {min(known - may_replace)} is in the catalog already")
+                await release(cursor, old[np.isin(old["slot"], new["slot"])])
+                new = ranges.replace(old, new)
+            sql = "INSERT OR REPLACE INTO blocks (range, present, entries) VALUES (?, ?, ?)"
+            await cursor.execute(sql, (number, new.size, ranges.encode(new)))
+
+
+def _entries_of(blocks: Sequence[BlockPlace]) -> tuple[UInt64Array, EntryArray]:
+    """Return ids, ascending, and entries of places; the pack's number is still to come."""
+    blocks = sorted(blocks, key=lambda block: block.id)
+    ids = np.array([block.id for block in blocks], np.uint64)
+    entries = np.zeros(len(blocks), ENTRY)
+    entries["slot"] = ids % np.uint64(ranges.RANGE_BLOCKS)
+    entries["pack"] = 1
+    for field in ("flags", "offset", "length"):
+        entries[field] = [getattr(block, field) for block in blocks]
+    if blocks:
+        digests = np.frombuffer(b"".join(block.digest for block in blocks), np.uint8)
+        entries["digest"] = digests.reshape(-1, DIGEST_BYTES)
+    return ids, entries
+
+
+def _pick(
+    ids: UInt64Array,
+    parts: list[tuple[int, slice]],
+    blobs: dict[int, bytes],
+    entries: EntryArray,
+    present: npt.NDArray[np.bool_],
+) -> None:
+    """Take the entries of ``ids`` out of their ranges."""
+    for number, part in parts:
+        if number in blobs:
+            stored = ranges.decode(blobs[number])
+            place, there = ranges.find(stored, (ids[part] % np.uint64(ranges.RANGE_BLOCKS)).astype(np.uint16))
+            entries[part] = stored[place]
+            present[part] = there
+
+
+async def release(cursor: Cursor, entries: EntryArray) -> None:
+    """Write down that packs no longer hold these blocks; the next sweep looks at them."""
+    sql = """UPDATE packs SET live_blocks = live_blocks - ?, live_bytes = live_bytes - ?, to_sweep = to_sweep + 1
+             WHERE number = ?"""
+    packs, place = np.unique(entries["pack"], return_inverse=True)
+    count = np.bincount(place, minlength=packs.size)
+    length = np.bincount(place, weights=entries["length"], minlength=packs.size).astype(np.int64)
+    await cursor.many(sql, zip(count.tolist(), length.tolist(), packs.tolist(), strict=True))
+
+
+async def forget_damage(cursor: Cursor, ids: Sequence[int]) -> None:
+    """Cross blocks out of the list of the damaged."""
+    if ids:
+        await cursor.many("DELETE FROM damaged WHERE block = ?", [(block,) for block in ids])
+
+
+async def _raise_highest(cursor: Cursor, block: int) -> None:
+    sql = """INSERT INTO meta VALUES ('block_id_max', ?)
+             ON CONFLICT (key) DO UPDATE SET value = excluded.value
+             WHERE CAST(excluded.value AS INTEGER) > CAST(value AS INTEGER)"""
+    if block > 0:
+        await cursor.execute(sql, (str(block),))
