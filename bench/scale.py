@@ -1,0 +1,233 @@
+"""How the catalog holds a large chain: 64 snapshots of a 1 TiB disk, 16.7 million unique blocks, no byte of them real.
+
+``python -m bench.scale [--part 16]`` (a 16th of it, the default: a minute) or ``--part 1`` (the whole). Everything goes
+through the real catalog on a real file; only the blocks' contents and packs are left out. Prints a table of what
+docs/architecture.md promises, and what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from hvsnap.catalog.catalog import Catalog
+from hvsnap.catalog.chain import Page
+from hvsnap.model import (
+    PAGE_BLOCKS,
+    BlockPlace,
+    Consistency,
+    Disk,
+    DiskId,
+    GuestUuid,
+    Kind,
+    Method,
+    Snapshot,
+    SnapshotId,
+    State,
+    new_id,
+)
+from hvsnap.ports import UInt64Array
+
+DISK_BLOCKS = 1 << 24
+SNAPSHOTS = 64
+PACK_BLOCKS = 1024
+PUT_BLOCKS = 32
+RUN_BLOCKS_MEAN = 4
+PAGES_STAGED = 16
+
+
+class Now:
+    """The host's clock."""
+
+    def now(self) -> float:
+        """Return seconds since the epoch."""
+        return time.time()
+
+
+@dataclass
+class Figures:
+    """What was measured, by name."""
+
+    rates: list[float] = field(default_factory=list)
+    rows: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def add(self, what: str, promised: str, measured: str) -> None:
+        """Add a line to the table, and print it at once."""
+        self.rows.append((what, promised, measured))
+        print(f"{what:<44} {promised:>14} {measured:>16}", flush=True)
+
+
+class Simulation:
+    """One chain, grown snapshot by snapshot as captures do it."""
+
+    def __init__(self, catalog: Catalog, blocks: int) -> None:
+        self.catalog = catalog
+        self.blocks = blocks
+        self.rng = np.random.default_rng(1)
+        self.next_id = 1
+        self.disk = _disk(blocks)
+        self.snapshots: list[SnapshotId] = []
+        self.inserting_s = 0.0
+
+    async def grow(self) -> AsyncIterator[tuple[int, float]]:
+        """Make all snapshots; yield ``(new blocks, seconds for their digests)`` of each."""
+        async with self.catalog.write() as tx:
+            await tx.add_disk(self.disk)
+        half = self.blocks // 2
+        for number in range(SNAPSHOTS):
+            where = np.arange(half) if number == 0 else self._scattered(half // (SNAPSHOTS - 1))
+            ids, seconds = await self._store(where.size)
+            await self._record(where, ids)
+            yield where.size, seconds
+
+    def _scattered(self, count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Return about ``count`` blocks all over the disk, in short runs."""
+        starts = self.rng.integers(0, self.blocks, count // RUN_BLOCKS_MEAN)
+        lengths = self.rng.geometric(1 / RUN_BLOCKS_MEAN, starts.size)
+        offsets = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        found = np.unique(np.repeat(starts, lengths) + offsets)
+        return found[found < self.blocks]
+
+    async def _store(self, count: int) -> tuple[UInt64Array, float]:
+        """Look new digests up as puts do, and add them pack by pack."""
+        ids = np.arange(self.next_id, self.next_id + count, dtype=np.uint64)
+        seconds = 0.0
+        for start in range(0, count, PACK_BLOCKS):
+            part = ids[start : start + PACK_BLOCKS].tolist()
+            raw = self.rng.bytes(32 * len(part))
+            digests = [raw[at : at + 32] for at in range(0, len(raw), 32)]
+            name = f"packs/{part[0]:x}"
+            places = [
+                BlockPlace(block, digest, name, 64 + 40_000 * n, 40_000, 1)
+                for n, (block, digest) in enumerate(zip(part, digests, strict=True))
+            ]
+            began = time.perf_counter()
+            for at in range(0, len(digests), PUT_BLOCKS):
+                if await self.catalog.find(digests[at : at + PUT_BLOCKS]):
+                    raise AssertionError("a digest that nobody stored was found")
+            await self.catalog.add_pack(name, 64 << 20, places)
+            seconds += time.perf_counter() - began
+        self.next_id += count
+        return ids, seconds
+
+    async def _record(self, where: np.ndarray[tuple[int], np.dtype[np.int64]], ids: UInt64Array) -> None:
+        """Write the snapshot's pages as captures stage them, and make it accomplished."""
+        parent = self.snapshots[-1] if self.snapshots else None
+        async with self.catalog.write() as tx:
+            one = _snapshot(self.disk, await tx.next_sequence(self.disk.id), parent)
+            await tx.add_snapshot(one)
+        pages = where // PAGE_BLOCKS
+        starts = np.flatnonzero(np.append(True, pages[1:] != pages[:-1]))
+        parts = list(zip(starts.tolist(), [*starts[1:].tolist(), where.size], strict=True))
+        for at in range(0, len(parts), PAGES_STAGED):
+            async with self.catalog.write() as tx:
+                for start, end in parts[at : at + PAGES_STAGED]:
+                    page = Page((where[start:end] % PAGE_BLOCKS).astype(np.uint16), ids[start:end])
+                    await tx.put_page(one.id, int(pages[start]), page)
+        async with self.catalog.write() as tx:
+            await tx.update_snapshot(one.id, state=State.ACCOMPLISHED)
+            await tx.update_disk(self.disk.id, head=one.id)
+        self.snapshots.append(one.id)
+
+
+def _disk(blocks: int) -> Disk:
+    return Disk(
+        id=DiskId(new_id("d")),
+        guest_uuid=GuestUuid("0b5a1d7e-0000-4000-8000-000000000001"),
+        guest_name="large",
+        target="vda",
+        serial="",
+        source="/images/large.qcow2",
+        format="qcow2",
+        size_bytes=blocks << 16,
+        system=False,
+        created_at=1.0,
+    )
+
+
+def _snapshot(disk: Disk, sequence: int, parent: SnapshotId | None) -> Snapshot:
+    return Snapshot(
+        id=SnapshotId(new_id("s")),
+        disk=disk.id,
+        sequence=sequence,
+        parent=parent,
+        name=f"number {sequence}",
+        description="",
+        kind=Kind.INCREMENTAL if parent else Kind.FULL,
+        method=Method.BITMAP if parent else Method.FULL,
+        reason="",
+        consistency=Consistency.CRASH,
+        state=State.PROGRESSING,
+        size_bytes=disk.size_bytes,
+        created_at=float(sequence),
+    )
+
+
+def memory_mib() -> int:
+    """Return the most memory that this process has used, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def size_bytes(directory: Path) -> int:
+    """Return the bytes of the catalog's file."""
+    return (directory / "catalog.db").stat().st_size
+
+
+async def measure(directory: Path, part: int) -> None:
+    """Grow the chain, and measure it."""
+    blocks = DISK_BLOCKS // part
+    figures = Figures()
+    before_mib = memory_mib()
+    catalog = await Catalog.open(directory, Now())
+    simulation = Simulation(catalog, blocks)
+    total, last = 0, []
+    async for count, seconds in simulation.grow():
+        total += count
+        last.append((count, seconds))
+        print(f"  snapshot {len(last):>2}: {total:>10} blocks, {count / seconds:>9.0f} digests/s", file=sys.stderr)
+    tail = last[-8:]
+    figures.add("unique blocks", "", f"{total}")
+    figures.add("new digests, in all", ">= 30000 /s", f"{total / sum(s for _, s in last):.0f} /s")
+    figures.add("new digests, last 8 snapshots", ">= 30000 /s", f"{sum(c for c, _ in tail) / sum(s for _, s in tail):.0f} /s")
+    figures.add("memory while growing", "<= 400 MiB", f"{memory_mib()} MiB (at first {before_mib})")
+    await views(catalog, simulation, figures)
+    await catalog.close()
+    figures.add("catalog, a unique block", "<= 150 bytes", f"{size_bytes(directory) / total:.1f} bytes")
+
+
+async def views(catalog: Catalog, simulation: Simulation, figures: Figures) -> None:
+    """Measure the view of the newest snapshot: the one with the longest lineage."""
+    began = time.perf_counter()
+    used = 0
+    async for _page, view in catalog.views(simulation.snapshots[-1]):
+        used += int(np.count_nonzero(view))
+    figures.add(f"view of the newest snapshot ({used} blocks)", "<= 10 s", f"{time.perf_counter() - began:.2f} s")
+
+
+def main() -> None:
+    """Measure in a directory of its own, and remove it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", type=int, default=16, help="simulate a disk of a part of 1 TiB (default: a 16th)")
+    parser.add_argument("--directory", type=Path, default=None, help="where to put the catalog (default: TMPDIR)")
+    arguments = parser.parse_args()
+    directory = Path(tempfile.mkdtemp(prefix="hvsnap-scale-", dir=arguments.directory))
+    try:
+        asyncio.run(measure(directory, arguments.part))
+    finally:
+        shutil.rmtree(directory)
+    os.sync()
+
+
+if __name__ == "__main__":
+    main()
