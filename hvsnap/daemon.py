@@ -29,6 +29,7 @@ from hvsnap.happenings import EventType
 from hvsnap.hypervisor import images
 from hvsnap.hypervisor.libvirt import LibvirtHypervisor
 from hvsnap.model import Event, Progress
+from hvsnap.mqtt.publisher import MqttPublisher
 from hvsnap.ports import Publisher
 from hvsnap.restore.disk import DiskMaker
 from hvsnap.restore.rollback import Rollback
@@ -100,6 +101,7 @@ class House:
     captures: Captures
     restores: RestoreRecovery
     service: Service
+    mqtt: MqttPublisher | None
 
 
 # -- putting together -----------------------------------------------------------------------------
@@ -165,7 +167,10 @@ async def _furnish(
     guests = Guests(inventory, hypervisor, catalog, captures, images.image_info)
     limit = settings.limits.snapshots_per_disk
     own = [place for place in (settings.state_dir, str(settings.store.path or ""), str(settings.run_dir)) if place]
-    mqtt_status = _no_mqtt
+    mqtt = MqttPublisher(settings.mqtt, settings.host_id, catalog, clock) if settings.mqtt.url else None
+    if mqtt is not None:
+        announcer.listeners.append(mqtt)
+    mqtt_status = _no_mqtt if mqtt is None else mqtt.status
     service = Service(
         guests=guests,
         snapshots=snapshots,
@@ -199,7 +204,7 @@ async def _furnish(
         status=StatusBoard(settings.host_id, hypervisor, catalog, captures, tasks, mqtt_status, clock),
         feed=feed,
     )
-    return House(settings, catalog, lease, hypervisor, attendance, captures, restores, service)
+    return House(settings, catalog, lease, hypervisor, attendance, captures, restores, service, mqtt)
 
 
 def _capture_settings(settings: Settings, private: str) -> CaptureSettings:
@@ -277,17 +282,22 @@ async def _run_until_signal(settings: Settings) -> None:
 async def serve(settings: Settings, stop: asyncio.Event, ready: Callable[[], None] = lambda: None) -> None:
     """Run until ``stop`` is set; ``ready`` is called once the socket answers."""
     async with assembled(settings) as house:
+        if house.mqtt is not None:
+            await house.mqtt.check()
         await _settle_at_start(house)
         listening = await asyncio.to_thread(listen, Path(settings.socket), settings.socket_group)
         server = HttpServer(create_app(house.service), listening)
         loops = [
             asyncio.create_task(house.captures.recover_loop(), name="recover-captures"),
+            asyncio.create_task(house.captures.thaw_loop(), name="thaw"),
             asyncio.create_task(house.restores.recover_loop(), name="recover-restores"),
             asyncio.create_task(house.attendance.run(), name="attendance"),
             asyncio.create_task(house.hypervisor.connection.reconnect_loop(house.attendance.wake), name="libvirt"),
             asyncio.create_task(_trim_events(house.catalog), name="trim-events"),
             asyncio.create_task(house.lease.keep(), name="lease"),
         ]
+        # Not among the loops, which end first: the broker is told of what the end brings.
+        mqtt = [] if house.mqtt is None else [asyncio.create_task(house.mqtt.run(), name="mqtt")]
         serving = asyncio.create_task(server.serve(), name="http")
         try:
             await server.started()
@@ -296,10 +306,10 @@ async def serve(settings: Settings, stop: asyncio.Event, ready: Callable[[], Non
             ready()
             notify("READY=1")
             log.info("hvsnap %s answers at %s", __version__, settings.socket)
-            await _until_stopped(stop, serving, loops)
+            await _until_stopped(stop, serving, [*loops, *mqtt])
         finally:
             notify("STOPPING=1")
-            await asyncio.shield(_end(house, server, serving, loops))
+            await asyncio.shield(_end(house, server, serving, loops, mqtt))
 
 
 async def _settle_at_start(house: House) -> None:
@@ -322,7 +332,13 @@ async def _until_stopped(stop: asyncio.Event, serving: asyncio.Task[None], loops
         raise Failed(f"the daemon's part {task.get_name()} ended by itself")
 
 
-async def _end(house: House, server: HttpServer, serving: asyncio.Task[None], loops: list[asyncio.Task[None]]) -> None:
+async def _end(
+    house: House,
+    server: HttpServer,
+    serving: asyncio.Task[None],
+    loops: list[asyncio.Task[None]],
+    mqtt: list[asyncio.Task[None]],
+) -> None:
     """Refuse new work, make guests safe, tell the listeners, stop answering."""
     service = house.service
     service.status.stopping = True
@@ -335,7 +351,9 @@ async def _end(house: House, server: HttpServer, serving: asyncio.Task[None], lo
             await tx.emit(EventType.DAEMON_OFFLINE, {"host": house.settings.host_id, "version": __version__})
     service.feed.close()
     server.stop()
-    await asyncio.gather(serving, return_exceptions=True)
+    for task in mqtt:
+        task.cancel()
+    await asyncio.gather(serving, *mqtt, return_exceptions=True)
     log.info("hvsnap has ended")
 
 
