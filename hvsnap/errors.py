@@ -187,6 +187,10 @@ class AgentUnavailable(Failed):
     default_hint = "install and start qemu-guest-agent in the guest, or use --consistency crash"
 
 
+class AgentMissing(AgentUnavailable):
+    """The guest has no agent that could be asked: nothing was sent to it, so nothing can be frozen."""
+
+
 class HypervisorFailed(Failed):
     """libvirt, QEMU or one of its tools reported an error."""
 

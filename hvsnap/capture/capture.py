@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from hvsnap.capture.facts import Mode, Step
-from hvsnap.capture.freeze import frozen
+from hvsnap.capture.freeze import Freezer
 from hvsnap.capture.merge import OPEN_MARKER
 from hvsnap.capture.pipeline import Totals
 from hvsnap.capture.record import DiskPlan, Recorder
@@ -42,8 +42,11 @@ class CaptureOrder:
 class Capture:
     """Carries out one :class:`CaptureOrder`."""
 
-    def __init__(self, hypervisor: Hypervisor, catalog: Catalog, recorder: Recorder, order: CaptureOrder) -> None:
+    def __init__(
+        self, hypervisor: Hypervisor, freezer: Freezer, catalog: Catalog, recorder: Recorder, order: CaptureOrder
+    ) -> None:
         self._hypervisor = hypervisor
+        self._freezer = freezer
         self._catalog = catalog
         self._recorder = recorder
         self._order = order
@@ -95,7 +98,7 @@ class Capture:
         await self._step(Step.FREEZING)
         switched = False
         try:
-            async with frozen(self._hypervisor, self._order.guest, self._order.freeze_timeout_s) as freeze:
+            async with self._freezer.frozen(self._order.guest, self._order.freeze_timeout_s) as freeze:
                 await self._switch()
                 switched = True
             if not freeze.expired:

@@ -1,17 +1,34 @@
-"""Freezing a guest's file systems for an instant: bounded, and always undone."""
+"""Freezing a guest's file systems for an instant: bounded, one at a time, and always undone.
+
+What was asked to freeze is thawed, however late its agent answers. An agent that hangs may carry out a freeze long
+after it was given up: the thaw is then owed, in the journal, and tried again until the agent confirms it or the guest
+is off.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
-from hvsnap.errors import HvsnapError
-from hvsnap.model import GuestUuid
+from hvsnap.catalog.catalog import Catalog
+from hvsnap.errors import AgentMissing, HvsnapError, NotFound
+from hvsnap.model import GuestUuid, Operation
 from hvsnap.ports import Hypervisor
 
-THAW_TIMEOUT_S = 5.0
+log = logging.getLogger(__name__)
+
+KIND = "thaw"
+"""The journal's name for thaws that are owed."""
+
+THAW_TIMEOUT_S = 2.0
+"""An answer takes milliseconds; one that does not come is asked for again, and meanwhile the capture goes on."""
+
+RETRY_S_FIRST = 0.5
+RETRY_S_MAX = 15.0
 
 
 @dataclass(slots=True)
@@ -21,37 +38,134 @@ class Freeze:
     expired: bool = False
 
 
-@contextlib.asynccontextmanager
-async def frozen(hypervisor: Hypervisor, uuid: GuestUuid, timeout_s: float) -> AsyncIterator[Freeze]:
-    """Keep a guest's file systems frozen, for ``timeout_s`` at most, and thaw them whatever happens.
+class Freezer:
+    """Freezes and thaws guests. All of it goes through here, so that no thaw breaks into somebody else's freeze."""
 
-    Raises :class:`AgentUnavailable` when they could not be frozen; they are thawed then, too, since a freeze that
-    timed out may have happened all the same. A guest does not stay frozen while a slow switch is waited for (Windows
-    gives up after 10 s; SERVICE 2.8): the deadline thaws on its own, and tells by ``expired``.
-    """
-    state = Freeze()
+    def __init__(self, hypervisor: Hypervisor, catalog: Catalog) -> None:
+        self._hypervisor = hypervisor
+        self._catalog = catalog
+        self._turns: dict[GuestUuid, asyncio.Lock] = {}
+        self._owed: dict[GuestUuid, HvsnapError] = {}
+        self._wake = asyncio.Event()
 
-    async def expire() -> None:
-        await asyncio.sleep(timeout_s)
-        state.expired = True
-        await hypervisor.thaw(uuid, THAW_TIMEOUT_S)
+    @contextlib.asynccontextmanager
+    async def frozen(self, uuid: GuestUuid, timeout_s: float) -> AsyncIterator[Freeze]:
+        """Keep a guest's file systems frozen, for ``timeout_s`` at most, and thaw them whatever happens.
 
-    deadline: asyncio.Task[None] | None = None
+        Waits while somebody else has the guest frozen. Raises :class:`AgentUnavailable` when they could not be frozen;
+        they are thawed then, too, since a freeze that timed out may have happened all the same. A guest does not stay
+        frozen while a slow switch is waited for (Windows gives up after 10 s; SERVICE 2.8): the deadline thaws on its
+        own, and tells by ``expired``.
+        """
+        async with self._turn(uuid):
+            state = Freeze()
+
+            async def expire() -> None:
+                await asyncio.sleep(timeout_s)
+                state.expired = True
+                await self._thaw(uuid)
+
+            deadline: asyncio.Task[None] | None = None
+            try:
+                await self._hypervisor.freeze(uuid, timeout_s)
+                deadline = asyncio.create_task(expire(), name=f"thaw-deadline-{uuid}")
+                yield state
+            except AgentMissing:
+                raise  # nothing was asked of anybody
+            except BaseException:
+                await _in_any_case(self._end(uuid, deadline))
+                raise
+            await _in_any_case(self._end(uuid, deadline))
+
+    async def thaw(self, uuid: GuestUuid) -> None:
+        """Thaw a guest that may have been left frozen: now, or as soon as its agent answers."""
+        async with self._turn(uuid):
+            await self._thaw(uuid)
+
+    async def recover(self) -> list[tuple[Operation, HvsnapError | None]]:
+        """Try every thaw that is owed once; returns each, and why it is owed still."""
+        outcome: list[tuple[Operation, HvsnapError | None]] = []
+        for operation in await self._catalog.operations(KIND):
+            await self.thaw(operation.guest_uuid)
+            outcome.append((operation, self._owed.get(operation.guest_uuid)))
+        return outcome
+
+    async def run(self) -> None:
+        """Try what is owed again and again, until cancelled."""
+        pause_s = RETRY_S_FIRST
+        while True:
+            owed = set(self._owed) | {operation.guest_uuid for operation in await self._catalog.operations(KIND)}
+            if not owed:
+                await self._wake.wait()
+                self._wake.clear()
+                pause_s = RETRY_S_FIRST
+                continue
+            await asyncio.gather(*(self.thaw(uuid) for uuid in owed))
+            await asyncio.sleep(pause_s)
+            pause_s = min(RETRY_S_MAX, pause_s * 1.25)
+
+    # -- within one's turn ------------------------------------------------------------------------
+
+    def _turn(self, uuid: GuestUuid) -> asyncio.Lock:
+        return self._turns.setdefault(uuid, asyncio.Lock())
+
+    async def _end(self, uuid: GuestUuid, deadline: asyncio.Task[None] | None) -> None:
+        if deadline is not None:
+            deadline.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await deadline
+        await self._thaw(uuid)
+
+    async def _thaw(self, uuid: GuestUuid) -> None:
+        """Thaw, or owe it."""
+        try:
+            await self._hypervisor.thaw(uuid, THAW_TIMEOUT_S)
+        except NotFound:
+            pass
+        except HvsnapError as error:
+            if await self._may_be_frozen(uuid):
+                await self._owe(uuid, error)
+                return
+        await self._settle(uuid)
+
+    async def _may_be_frozen(self, uuid: GuestUuid) -> bool:
+        try:
+            return (await self._hypervisor.guest(uuid)).active
+        except NotFound:
+            return False
+        except HvsnapError:
+            return True  # nobody can tell
+
+    async def _owe(self, uuid: GuestUuid, error: HvsnapError) -> None:
+        """Write down that a guest must still be thawed. If even that fails, it is known here as long as this runs."""
+        if uuid not in self._owed:
+            log.warning("guest %s may stay frozen until its agent answers: %s", uuid, error.message)
+        self._owed[uuid] = error
+        self._wake.set()
+        try:
+            if not await self._journaled(uuid):
+                async with self._catalog.write() as tx:
+                    await tx.open_operation(KIND, uuid, "thawing", {})
+        except HvsnapError as failure:
+            log.warning("the thaw owed to guest %s cannot be written down: %s", uuid, failure.message)
+
+    async def _settle(self, uuid: GuestUuid) -> None:
+        """Cross out what was owed."""
+        if self._owed.pop(uuid, None) is not None:
+            log.info("guest %s is thawed", uuid)
+        for operation in await self._journaled(uuid):
+            async with self._catalog.write() as tx:
+                await tx.close_operation(operation.id)
+
+    async def _journaled(self, uuid: GuestUuid) -> list[Operation]:
+        return [operation for operation in await self._catalog.operations(KIND) if operation.guest_uuid == uuid]
+
+
+async def _in_any_case(ending: Coroutine[Any, Any, None]) -> None:
+    """Await something that must come to its end even if whoever waits for it is cancelled."""
+    task = asyncio.ensure_future(ending)
     try:
-        await hypervisor.freeze(uuid, timeout_s)
-        deadline = asyncio.create_task(expire(), name=f"thaw-deadline-{uuid}")
-        yield state
-    except BaseException:
-        # Something else is on its way to the caller; the journal's step makes the settling thaw again.
-        with contextlib.suppress(HvsnapError):
-            await asyncio.shield(_end(hypervisor, uuid, deadline))
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
         raise
-    await asyncio.shield(_end(hypervisor, uuid, deadline))
-
-
-async def _end(hypervisor: Hypervisor, uuid: GuestUuid, deadline: asyncio.Task[None] | None) -> None:
-    if deadline is not None:
-        deadline.cancel()
-        with contextlib.suppress(asyncio.CancelledError, HvsnapError):
-            await deadline
-    await hypervisor.thaw(uuid, THAW_TIMEOUT_S)

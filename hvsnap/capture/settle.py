@@ -13,9 +13,10 @@ import dataclasses
 import logging
 
 from hvsnap.capture.facts import CapturedDisk, CaptureFacts, Mode, Step
+from hvsnap.capture.freeze import Freezer
 from hvsnap.capture.merge import POLL_S_FIRST, POLL_S_MAX, Action, Merge, attached
 from hvsnap.catalog.catalog import Catalog
-from hvsnap.errors import Busy, HvsnapError, HypervisorFailed, HypervisorUnreachable, NotFound
+from hvsnap.errors import Busy, HvsnapError, HypervisorUnreachable, NotFound
 from hvsnap.happenings import EventType, snapshot_payload
 from hvsnap.hypervisor import images
 from hvsnap.model import GuestUuid, Operation, OperationId, State
@@ -23,7 +24,6 @@ from hvsnap.ports import Hypervisor
 
 log = logging.getLogger(__name__)
 
-THAW_TIMEOUT_S = 5.0
 ATTEMPTS = 4
 """How often one step is looked at anew after an error: a guest that starts or stops meanwhile changes what is right."""
 
@@ -33,8 +33,9 @@ RETRY_S = 1.0
 class Settle:
     """Brings open captures to their end. Never raises away what is open: an error leaves the journal's entry."""
 
-    def __init__(self, hypervisor: Hypervisor, catalog: Catalog) -> None:
+    def __init__(self, hypervisor: Hypervisor, freezer: Freezer, catalog: Catalog) -> None:
         self._hypervisor = hypervisor
+        self._freezer = freezer
         self._catalog = catalog
         self._merge = Merge(hypervisor)
 
@@ -47,7 +48,7 @@ class Settle:
         facts = CaptureFacts.of(operation)
         accomplished = await self._fail_unaccomplished(facts, error)
         if operation.step in (Step.FREEZING, Step.SWITCHING):
-            await self._thaw(operation.guest_uuid)
+            await self._freezer.thaw(operation.guest_uuid)
         if facts.mode is Mode.REDIRECT:
             for disk in facts.disks:
                 await self._bring_back(operation, disk)
@@ -78,17 +79,6 @@ class Settle:
             await self._catalog.snapshot(disk.snapshot)
             return True
         return False
-
-    async def _thaw(self, uuid: GuestUuid) -> None:
-        """Thaw a guest that may have been left frozen; a guest that is off, or has no agent, is not frozen."""
-        with contextlib.suppress(NotFound):
-            if (await self._hypervisor.guest(uuid)).active:
-                try:
-                    await self._hypervisor.thaw(uuid, THAW_TIMEOUT_S)
-                except HypervisorUnreachable:
-                    raise
-                except HypervisorFailed as error:
-                    log.warning("guest %s: thaw: %s", uuid, error.message)
 
     async def _bring_back(self, operation: Operation, disk: CapturedDisk) -> None:
         """Merge a disk's overlay into the image below it, whatever state the guest is in or gets into."""

@@ -156,6 +156,12 @@ def with_source(root: ElementTree.Element, target: str, layer: Layer) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
+def agent_connected(root: ElementTree.Element) -> bool:
+    """Whether the running guest has an agent that has opened its end of the channel."""
+    targets = root.findall("devices/channel/target[@name='org.qemu.guest_agent.0']")
+    return any(target.get("state") == "connected" for target in targets)
+
+
 def snapshot_xml(all_targets: list[str], overlays: dict[str, str]) -> str:
     """Return the XML of a disk-only snapshot into prepared overlays; every other disk is named as left out."""
     root = ElementTree.Element("domainsnapshot")

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import libvirt
 import libvirt_qemu
 
-from hvsnap.errors import AgentUnavailable, GuestUnknown, HypervisorFailed
+from hvsnap.errors import AgentMissing, AgentUnavailable, GuestUnknown, HypervisorFailed
 from hvsnap.hypervisor import domain_xml, qemu_nodes
 from hvsnap.hypervisor.libvirt_connection import LibvirtConnection, Lifecycle
 from hvsnap.model import Bitmap, GuestState, GuestUuid, GuestView, Layer
@@ -221,10 +221,14 @@ class LibvirtHypervisor:
         """Freeze file systems through the agent, and return how many were.
 
         The agent's own time-out comes first: libvirt's default is to wait for ever. A freeze that timed out may have
-        happened all the same, so the caller thaws in any case.
+        happened all the same, or may yet happen, so the caller thaws in any case but :class:`AgentMissing`.
         """
 
         def work(domain: Any) -> int:
+            if (state := _state(domain)) is not GuestState.RUNNING:
+                raise AgentMissing(f"the guest's file systems cannot be frozen: it is {state}")
+            if not domain_xml.agent_connected(domain_xml.parse(domain.XMLDesc(0))):
+                raise AgentMissing("the guest's file systems cannot be frozen: no guest agent is running in it")
             domain.agentSetResponseTimeout(math.ceil(timeout_s), 0)
             return int(domain.fsFreeze(None, 0))
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from hvsnap.capture.facts import KIND, CaptureFacts
+from hvsnap.capture.freeze import Freezer
 from hvsnap.capture.settle import Settle
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import HvsnapError, Refused, Stopping
@@ -71,8 +72,9 @@ class Captures:
         self._admission = Admission(
             catalog, inventory, uses, self._lanes, snapshots_per_disk=settings.snapshots_per_disk
         )
-        self._planner = Planner(hypervisor, catalog, store, clock, settings, self._report)
-        self._settle = Settle(hypervisor, catalog)
+        self._freezer = Freezer(hypervisor, catalog)
+        self._planner = Planner(hypervisor, self._freezer, catalog, store, clock, settings, self._report)
+        self._settle = Settle(hypervisor, self._freezer, catalog)
         self._turns = asyncio.Semaphore(settings.parallel)
         self._admitting = asyncio.Lock()
         self._recovering = asyncio.Lock()
@@ -189,7 +191,11 @@ class Captures:
                     log.warning("capture %s cannot be settled yet: %s", operation.id, error.message)
                     outcome.append((operation, error))
             await self._fail_forgotten()
-            return outcome
+            return outcome + await self._freezer.recover()
+
+    async def thaw_loop(self) -> None:
+        """Thaw guests whose agents did not confirm it, as soon as they do."""
+        await self._freezer.run()
 
     async def recover_loop(self) -> None:
         """Try again, every :data:`SETTLE_RETRY_S`, what could not be settled before."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from hvsnap.capture.capture import Capture, CaptureOrder
 from hvsnap.capture.facts import KIND, CapturedDisk, CaptureFacts, Mode, Step
+from hvsnap.capture.freeze import Freezer
 from hvsnap.capture.plan import decide
 from hvsnap.capture.record import DiskPlan, Recorder
 from hvsnap.capture.space import SpaceLimits
@@ -40,6 +41,7 @@ class Planner:
     def __init__(
         self,
         hypervisor: Hypervisor,
+        freezer: Freezer,
         catalog: Catalog,
         store: PackedBlocks,
         clock: Clock,
@@ -47,6 +49,7 @@ class Planner:
         report: Callable[[Progress], None],
     ) -> None:
         self._hypervisor = hypervisor
+        self._freezer = freezer
         self._catalog = catalog
         self._store = store
         self._clock = clock
@@ -80,7 +83,7 @@ class Planner:
             space=self._settings.space,
             block_size=self._store.block_size,
         )
-        return operation.id, Capture(self._hypervisor, self._catalog, recorder, order)
+        return operation.id, Capture(self._hypervisor, self._freezer, self._catalog, recorder, order)
 
     async def _plan(self, disk: Disk, snapshot: Snapshot, mode: Mode, run: Run, block_size: int) -> DiskPlan:
         """Decide how one disk is captured; raises :class:`ForeignJob` when somebody else is at work on it."""

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Literal, Protocol
 
 from hvsnap import wire
+from hvsnap.capture import freeze
 from hvsnap.capture.facts import KIND, CaptureFacts
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import HvsnapError, NotFound
@@ -129,6 +130,8 @@ class Recovery:
             kept = await self._accomplished(operation)
             outcome = "finished" if kept else "undone"
             detail = "its snapshots are accomplished" if kept else "its snapshots failed; the next ones miss nothing"
+        elif operation.kind == freeze.KIND:
+            outcome, detail = "finished", "the guest's file systems are thawed"
         elif operation.kind == disk.KIND:
             outcome, detail = "undone", "what was half-made is removed"
         else:
