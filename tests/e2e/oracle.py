@@ -163,7 +163,7 @@ def instant_in_log(got: Bytes, initial: Bytes, log: Sequence[Operation]) -> int:
         after.apply(Operation(one.kind if one.kind != "discard" else "zero", 0, one.length, one.data))
         then = np.any(sectors[span] != after.data.reshape(-1, SECTOR), axis=1)
         if count == before and not np.any(wrong[span] & then):
-            return done
+            return done + (not then.any())
         if one.kind == "discard":
             # Either is right, from now on the one that is seen; sectors overwritten later settle it anyway.
             keep = wrong[span] < then

@@ -46,6 +46,8 @@ class DoctoredDaemon(Daemon):
     def gate(self, name: str) -> Iterator[Gate]:
         """Keep a gate closed."""
         gate = Gate(self, name)
+        for stale in self.gates.glob(f"{name}.reached.*"):
+            stale.unlink()
         gate.closed.touch()
         try:
             yield gate
@@ -314,8 +316,8 @@ class Rig:
         return str(entry["inserted"]["node-name"])
 
     def replace(self, disk: TestDisk) -> None:
-        """Take note that somebody else has changed the image of a guest that is off."""
-        disk.replica = Replica(converted(disk.spec.path, disk.spec.format, self.scratch))
+        """Take note that somebody else has changed a disk: what it holds now is right."""
+        disk.replica = Replica(self.present(disk))
 
     def check_on_images(self) -> None:
         """Check that the guest is on its own images, and that nothing is left of captures."""
