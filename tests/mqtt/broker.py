@@ -41,6 +41,8 @@ class Broker:
             "log_type all",
             f"persistence {'true' if persistent else 'false'}",
             f"persistence_location {directory}/",
+            # Tests are to find out what the publisher loses, not what the broker drops for a slow listener.
+            "max_queued_messages 0",
         ]
         self.config.write_text("\n".join(settings) + "\n")
         self._process: subprocess.Popen[bytes] | None = None
