@@ -11,10 +11,19 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from hvsnap.cli import render
 from hvsnap.cli.client import Client
+from hvsnap.cli.text import safe
 from hvsnap.errors import HvsnapError
 
 POLL_S = 0.5
@@ -49,40 +58,50 @@ class _Waker:
 
     def __init__(self, client: Client) -> None:
         self.woken = threading.Event()
-        self._client = client
+        self._client = client.another()
+        self._ended = False
         threading.Thread(target=self._listen, name="events", daemon=True).start()
+
+    def stop(self) -> None:
+        """End the stream; the thread ends with it."""
+        self._ended = True
+        self._client.hang_up()
 
     def _listen(self) -> None:
         try:
             for _item in self._client.events():
+                if self._ended:
+                    break
                 self.woken.set()
         except HvsnapError:
             pass  # polling goes on, and says what is wrong
+        finally:
+            self._client.close()
 
 
 def _line(sight: Sight) -> str:
     rate = f", {render.size(sight.rate_bytes_s)}/s" if sight.rate_bytes_s else ""
     eta = f", {render.duration(sight.eta_s)} left" if sight.eta_s and not sight.ended else ""
     amount = f" of {render.size(sight.total_bytes)}" if sight.total_bytes else ""
-    return f"{render.safe(sight.title)}: {sight.percent} %{amount}{rate}{eta}"
+    return f"{safe(sight.title)}: {sight.percent} %{amount}{rate}{eta}"
 
 
 class _Plain:
     """A line now and then, on stderr, for logs."""
 
     def __init__(self) -> None:
-        self._said: dict[str, tuple[float, int]] = {}
+        self._said: dict[str, tuple[float, str]] = {}
 
     def show(self, sights: Sequence[Sight]) -> None:
         now = time.monotonic()
         for sight in sights:
-            last, percent = self._said.get(sight.id, (now, -1))
-            due = now - last >= LINE_INTERVAL_S and sight.percent != percent
-            if due or sight.id not in self._said:
-                self._said[sight.id] = (now, sight.percent)
-                if due:
-                    sys.stderr.write(_line(sight) + "\n")
-                    sys.stderr.flush()
+            line = _line(sight)
+            # What is quickly done is told by its end alone.
+            last, said = self._said.setdefault(sight.id, (now, ""))
+            if now - last >= LINE_INTERVAL_S and line != said:
+                self._said[sight.id] = (now, line)
+                sys.stderr.write(line + "\n")
+                sys.stderr.flush()
 
 
 class _Bars:
@@ -98,16 +117,17 @@ class _Bars:
             TimeRemainingColumn(),
             console=Console(stderr=True),
         )
-        self._bars: dict[str, object] = {}
+        self._bars: dict[str, TaskID] = {}
         self._progress.start()
 
     def show(self, sights: Sequence[Sight]) -> None:
         for sight in sights:
+            title = escape(safe(sight.title))
             if sight.id not in self._bars:
-                self._bars[sight.id] = self._progress.add_task(escape(render.safe(sight.title)), total=None)
+                self._bars[sight.id] = self._progress.add_task(title, total=None)
             total = sight.total_bytes or (1 if sight.ended else None)
             done = total if sight.ended and sight.percent == 100 else sight.done_bytes
-            self._progress.update(self._bars[sight.id], total=total, completed=done)  # type: ignore[arg-type]
+            self._progress.update(self._bars[sight.id], description=title, total=total, completed=done)
 
     def stop(self) -> None:
         self._progress.stop()
@@ -144,6 +164,7 @@ def follow(client: Client, look: Look, *, quiet: bool, cancel: Callable[[], None
                 bars = None
                 display = _Plain()
     finally:
+        waker.stop()
         if bars is not None:
             bars.stop()
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import unicodedata
 from collections.abc import Sequence
 from datetime import datetime
 
 from hvsnap import wire
+from hvsnap.cli.text import one_line, safe
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 GAP = "   "
-
-
-def safe(text: str) -> str:
-    """Return text without anything that a terminal would obey."""
-    return "".join(c if unicodedata.category(c)[0] != "C" else f"\\x{ord(c):02x}" for c in text)
 
 
 def size(value: float | None) -> str:
@@ -45,10 +40,12 @@ def duration(seconds: float | None) -> str:
     return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(names: Sequence[str], rows: Sequence[Sequence[str]], *, headers: bool = True) -> str:
     """Return a table as virsh draws it: no frame, nothing cut off, so that it can be piped."""
-    cells = [list(headers), *([safe(cell) for cell in row] for row in rows)]
-    widths = [max(_width(row[column]) for row in cells) for column in range(len(headers))]
+    cells = [list(names)] * headers + [[safe(cell) for cell in row] for row in rows]
+    if not cells:
+        return ""
+    widths = [max(_width(row[column]) for row in cells) for column in range(len(names))]
     lines = []
     for row in cells:
         line = GAP.join(cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True))
@@ -69,16 +66,10 @@ def fields(pairs: Sequence[tuple[str, str]]) -> str:
     return "\n".join(f"{name + ':':<{width + 1}} {value}" for name, value in shown)
 
 
-def say(text: str) -> None:
-    """Print a line of the answer."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-
-
 # -- what the commands show -----------------------------------------------------------------------
 
 
-def guests(answer: wire.GuestList) -> str:
+def guests(answer: wire.GuestList, *, headers: bool = True) -> str:
     """Return the list of guests and their disks."""
     rows = []
     for guest in answer.guests:
@@ -100,13 +91,13 @@ def guests(answer: wire.GuestList) -> str:
             )
         if not guest.disks:
             rows.append((guest.name, guest.state, "-", "-", "-", "-", "-", "-", "-", "no disks"))
-    headers = ("GUEST", "STATE", "DISK", "ID", "SIZE", "PROTECTION", "SNAPSHOTS", "LAST", "POLICY", "NOTE")
-    return table(headers, rows)
+    names = ("GUEST", "STATE", "DISK", "ID", "SIZE", "PROTECTION", "SNAPSHOTS", "LAST", "POLICY", "NOTE")
+    return table(names, rows, headers=headers)
 
 
-def snapshots(answer: Sequence[wire.Snapshot]) -> str:
+def snapshots(answer: Sequence[wire.Snapshot], *, headers: bool = True) -> str:
     """Return the list of snapshots."""
-    headers = ("ID", "NAME", "GUEST", "DISK", "SIZE", "STORED", "KIND", "CONSISTENCY", "CREATED", "PROGRESS", "STATE")
+    names = ("ID", "NAME", "GUEST", "DISK", "SIZE", "STORED", "KIND", "CONSISTENCY", "CREATED", "PROGRESS", "STATE")
     rows = [
         (
             s.id,
@@ -123,7 +114,7 @@ def snapshots(answer: Sequence[wire.Snapshot]) -> str:
         )
         for s in answer
     ]
-    return table(headers, rows)
+    return table(names, rows, headers=headers)
 
 
 def snapshot(s: wire.Snapshot) -> str:
@@ -162,9 +153,9 @@ def deletion(answer: wire.Deletion) -> str:
     return "\n".join(lines)
 
 
-def chains(answer: wire.ChainList) -> str:
+def chains(answer: wire.ChainList, *, headers: bool = True) -> str:
     """Return the list of chains."""
-    headers = ("DISK", "GUEST", "TARGET", "SIZE", "SNAPSHOTS", "LOGICAL", "STORED", "EXCLUSIVE", "PATH")
+    names = ("DISK", "GUEST", "TARGET", "SIZE", "SNAPSHOTS", "LOGICAL", "STORED", "EXCLUSIVE", "PATH")
     rows = [
         (
             c.disk,
@@ -179,7 +170,7 @@ def chains(answer: wire.ChainList) -> str:
         )
         for c in answer.chains
     ]
-    return table(headers, rows)
+    return table(names, rows, headers=headers)
 
 
 def chain(answer: wire.Chain) -> str:
@@ -194,7 +185,7 @@ def chain(answer: wire.Chain) -> str:
             ("Stored", size(answer.stored_bytes)),
         ]
     )
-    headers = ("", "ID", "NAME", "PARENT", "CREATED", "KIND", "CHANGED", "EXCLUSIVE", "STATE")
+    names = ("", "ID", "NAME", "PARENT", "CREATED", "KIND", "CHANGED", "EXCLUSIVE", "STATE")
     rows = [
         (
             "*" if node.head else "",
@@ -210,13 +201,15 @@ def chain(answer: wire.Chain) -> str:
         for node in answer.nodes
     ]
     note = "\n* the disk's present state continues from this one" if any(node.head for node in answer.nodes) else ""
-    return f"{about}\n\n{table(headers, rows)}{note}"
+    return f"{about}\n\n{table(names, rows)}{note}"
 
 
-def doctor(report: wire.DoctorReport) -> str:
-    """Return the findings, the remedy below each one that needs it."""
+def doctor(report: wire.DoctorReport, *, all_of_it: bool = True) -> str:
+    """Return the findings, the remedy below each one that needs it; else only what needs attention."""
     lines = []
     for finding in report.findings:
+        if not all_of_it and finding.severity in ("ok", "info"):
+            continue
         evidence = f" ({safe(finding.evidence)})" if finding.evidence else ""
         lines.append(f"{finding.severity.upper():<8} {finding.check}: {safe(finding.what)}{evidence}")
         if finding.remedy and finding.severity != "ok":
@@ -259,3 +252,66 @@ def event(e: wire.Event) -> str:
     about = {k: v for k, v in e.payload.items() if k in ("guest", "target", "snapshot", "name", "error", "path") and v}
     words = " ".join(f"{key}={safe(str(value))}" for key, value in about.items())
     return f"{when(e.at)} {e.type} {words}"
+
+
+def progress(p: wire.Progress) -> str:
+    """Return how far something is, as one line."""
+    rate = f", {size(p.rate_bytes_s)}/s" if p.rate_bytes_s else ""
+    eta = f", {duration(p.eta_s)} left" if p.eta_s else ""
+    return f"{p.id}: {p.progress} % of {size(p.total_bytes)}{rate}{eta}"
+
+
+def made(answer: Sequence[wire.Snapshot], *, quiet: bool) -> str:
+    """Return what became of accomplished snapshots, a line each that begins with the id; or the ids alone."""
+    return "\n".join(one.id if quiet else _made(one) for one in answer)
+
+
+def _made(s: wire.Snapshot) -> str:
+    words = [
+        f"{s.kind} snapshot of {safe(s.guest)}/{safe(s.target)}",
+        f"{size(s.read_bytes)} read",
+        f"{size(s.stored_bytes)} stored",
+        f"{s.consistency}-consistent",
+    ]
+    return f"{s.id}  {', '.join(words)}" + (f" ({one_line(s.reason)})" if s.reason else "")
+
+
+def done(task: wire.Task, *, quiet: bool) -> str:
+    """Return what an accomplished task did, as one line."""
+    result = task.result
+    if isinstance(result, wire.DiskCreated):
+        if quiet:
+            return safe(result.path)
+        what = f"{result.format} of {size(result.size_bytes)} made of {result.snapshot}"
+        return f"{safe(result.path)}  {what}, {size(result.written_bytes)} written"
+    if isinstance(result, wire.RolledBack):
+        if quiet:
+            return result.safety_snapshot or ""
+        saved = f"the state before it is {result.safety_snapshot}" if result.safety_snapshot else "no safety snapshot"
+        words = [f"set back to {result.snapshot}", f"{size(result.written_bytes)} written", saved]
+        words += ["guest started"] * result.started
+        return "\n".join([f"{result.disk}  {', '.join(words)}", *(f"note: {one_line(note)}" for note in result.notes)])
+    return task.id
+
+
+def status(s: wire.Status) -> str:
+    """Return the daemon at a glance."""
+    if not s.mqtt.configured:
+        mqtt = "off"
+    else:
+        state = "connected" if s.mqtt.connected else f"not connected ({s.mqtt.error or 'not tried yet'})"
+        mqtt = f"{state}, {s.mqtt.pending} events wait"
+    return fields(
+        [
+            ("Version", s.version),
+            ("Host", s.host_id),
+            ("State", "stopping" if s.stopping else "running"),
+            ("Since", f"{when(s.started_at)} ({duration(s.uptime_s)})"),
+            ("Guests", "the hypervisor does not answer" if s.guests is None else str(s.guests)),
+            ("Disks", f"{s.disks} with snapshots"),
+            ("Snapshots", str(s.snapshots)),
+            ("At work", f"{s.captures} captures, {s.tasks} tasks"),
+            ("Open", f"{s.open_operations} entries of the journal"),
+            ("MQTT", mqtt),
+        ]
+    )

@@ -1,0 +1,114 @@
+"""Commands about the daemon and the host: those that also work, or only work, without a running daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from hvsnap import wire
+from hvsnap.cli import render
+from hvsnap.cli.client import DaemonAbsent
+from hvsnap.cli.complaints import complain
+from hvsnap.cli.session import Session
+from hvsnap.config import Settings
+from hvsnap.errors import DaemonUnreachable, Failed
+
+LIBVIRT_TIMEOUT_S = 15.0
+
+
+def daemon(session: Session) -> None:
+    """Run the daemon until SIGTERM."""
+    from hvsnap import daemon as daemon_module  # noqa: PLC0415 - it brings every room of the house
+
+    daemon_module.run(session.settings())
+
+
+# -- recovery -------------------------------------------------------------------------------------
+
+
+def recover(session: Session) -> int:
+    """Settle what a crash left open: the running daemon does it, or we do; return the exit status."""
+    try:
+        with session.client(dispensable=True) as client:
+            answer = client.post("/recover", wire.Recovery)
+        session.remark_connect()
+    except DaemonAbsent:
+        answer = _recover_here(session.settings())
+    left = [one for one in answer.operations if one.outcome == "still-open"]
+    if not left:
+        session.answer(answer, render.recovery(answer))
+        return 0
+    if not session.json:
+        session.answer(answer, render.recovery(answer))
+    why = f"{len(left)} of {len(answer.operations)} open operations cannot be settled yet: {left[0].detail}"
+    error = Failed(why, hint="do what it says and try again; `hvsnap doctor` says more")
+    return complain(error, "recover", as_json=session.json, also=answer.model_dump(mode="json"))
+
+
+def _recover_here(settings: Settings) -> wire.Recovery:
+    from hvsnap import daemon as daemon_module  # noqa: PLC0415 - as above
+
+    # What is logged on the way stands in the answer, too.
+    logging.getLogger("hvsnap").addHandler(logging.NullHandler())
+    return daemon_module.recover(settings)
+
+
+# -- the doctor -----------------------------------------------------------------------------------
+
+
+def doctor(session: Session) -> int:
+    """Show what the daemon finds, or what can be found without one; return 1 if the worst is an error."""
+    try:
+        with session.client(dispensable=True) as client:
+            report = client.get("/doctor", wire.DoctorReport)
+        session.remark_connect()
+    except DaemonUnreachable as error:
+        report = asyncio.run(_examine_here(session.settings(), error))
+    session.answer(report, render.doctor(report, all_of_it=not session.quiet))
+    return 1 if report.worst is wire.Severity.ERROR else 0
+
+
+async def _examine_here(settings: Settings, error: DaemonUnreachable) -> wire.DoctorReport:
+    """Look at the host and at libvirt; the journal and the catalog belong to the daemon."""
+    from hvsnap.service import doctor as rooms  # noqa: PLC0415 - only where there is no daemon
+
+    found = [_no_daemon(error)]
+    found += await rooms.host_findings(rooms.places(settings))
+    found += await _look_at_hypervisor(settings.hypervisor.libvirt_uri)
+    return rooms.report(found)
+
+
+def _no_daemon(error: DaemonUnreachable) -> wire.Finding:
+    """Judge that the daemon does not answer: an error, since nothing is protected meanwhile."""
+    return wire.Finding(
+        severity=wire.Severity.ERROR,
+        check="daemon",
+        what="the daemon does not answer: no snapshot can be made",
+        evidence=error.message,
+        remedy=error.hint,
+    )
+
+
+async def _look_at_hypervisor(uri: str) -> list[wire.Finding]:
+    from hvsnap.service import doctor as rooms  # noqa: PLC0415 - only where there is no daemon
+    from hvsnap.service import findings  # noqa: PLC0415
+
+    if not uri:
+        return []
+    try:
+        from hvsnap.hypervisor.libvirt import LibvirtHypervisor  # noqa: PLC0415 - its library may be missing
+    except ImportError:
+        return [findings.tool("libvirt", "libvirt's Python binding", None, "python3-libvirt")]
+    hypervisor = LibvirtHypervisor(uri)
+    try:
+        async with asyncio.timeout(LIBVIRT_TIMEOUT_S):
+            found, _answered = await rooms.version_findings(hypervisor, uri)
+    except TimeoutError:
+        return [findings.libvirt(None, f"no answer within {LIBVIRT_TIMEOUT_S:.0f} s", uri)]
+    finally:
+        try:
+            async with asyncio.timeout(LIBVIRT_TIMEOUT_S):
+                await hypervisor.close()
+        except TimeoutError:
+            pass
+    return found
