@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -94,25 +94,50 @@ class ObjectStore(Protocol):
         ...
 
 
+@runtime_checkable
+class Punching(Protocol):
+    """What some object stores can do besides: give the space of parts of an object back at once."""
+
+    async def punch(self, name: str, holes: Sequence[tuple[int, int]]) -> bool:
+        """Let ``(start, length)`` parts of an object read as zeroes, and take no space; durable on return.
+
+        False if it cannot be done here after all (the file system): nothing has changed then. Raises
+        :class:`~hvsnap.errors.NotFound`.
+        """
+        ...
+
+
 # -- blocks ---------------------------------------------------------------------------------------
 
 
-class BlockIndex(Protocol):
+class PackIndex(Protocol):
+    """What takes a durable pack: the block index, or the catalog when blocks move from one pack to another."""
+
+    async def add_pack(self, pack: str, size_bytes: int, blocks: Sequence[BlockPlace]) -> None:
+        """Record a durable pack and its blocks in one transaction."""
+        ...
+
+
+class BlockIndex(PackIndex, Protocol):
     """Which blocks are stored, and where: the catalog's side of the block store.
 
     It holds durable blocks only: a block enters with :meth:`add_pack`, after its pack is durable.
     """
 
     async def find(self, digests: Sequence[bytes]) -> dict[bytes, int]:
-        """Return the ids of those digests that are stored."""
+        """Return the ids of those digests that are stored, and not known to be damaged."""
+        ...
+
+    async def damaged(self, digests: Sequence[bytes]) -> dict[bytes, int]:
+        """Return the ids of those digests whose stored form is damaged. Added again, these blocks are healed."""
+        ...
+
+    async def digests(self, ids: UInt64Array) -> npt.NDArray[np.uint8]:
+        """Return digests, ``uint8[n, 32]``, in the order asked for. An unknown id is :class:`Damaged`."""
         ...
 
     async def places(self, ids: Sequence[int]) -> list[BlockPlace]:
         """Return where blocks lie, in the order asked for. An unknown id is :class:`Damaged`."""
-        ...
-
-    async def add_pack(self, pack: str, size_bytes: int, blocks: Sequence[BlockPlace]) -> None:
-        """Record a durable pack and its blocks in one transaction."""
         ...
 
     async def next_block_id(self) -> int:

@@ -8,11 +8,12 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from hvsnap.errors import Damaged, NotFound, ObjectExists, StoreFailed
 from hvsnap.model import BlockPlace
-from hvsnap.ports import ObjectInfo, ObjectStore, ObjectWriter
+from hvsnap.ports import ObjectInfo, ObjectStore, ObjectWriter, UInt64Array
 from hvsnap.store.blocks import PackedBlocks
 from hvsnap.store.objects import check_name
 
@@ -131,6 +132,14 @@ class MemoryIndex:
     async def find(self, digests: Sequence[bytes]) -> dict[bytes, int]:
         await asyncio.sleep(0)
         return {digest: self.ids[digest] for digest in digests if digest in self.ids}
+
+    async def damaged(self, digests: Sequence[bytes]) -> dict[bytes, int]:
+        await asyncio.sleep(0)
+        return {}
+
+    async def digests(self, ids: UInt64Array) -> npt.NDArray[np.uint8]:
+        joined = b"".join(place.digest for place in await self.places(ids.tolist()))
+        return np.frombuffer(joined, np.uint8).reshape(-1, 32)
 
     async def places(self, ids: Sequence[int]) -> list[BlockPlace]:
         await asyncio.sleep(0)

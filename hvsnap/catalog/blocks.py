@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -76,7 +76,7 @@ class Blocks:
                 found[digest] = block
         return found
 
-    async def damaged(self, digests: Iterable[bytes]) -> dict[bytes, int]:
+    async def damaged(self, digests: Sequence[bytes]) -> dict[bytes, int]:
         """Return the ids of those digests whose stored form is damaged: storing them again heals these blocks."""
         if not self._damaged:
             return {}

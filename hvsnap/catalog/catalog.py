@@ -188,7 +188,7 @@ class Catalog:
         """Return the ids of those digests that are stored, and not known to be damaged."""
         return await self.blocks.find(digests)
 
-    async def damaged(self, digests: Iterable[bytes]) -> dict[bytes, int]:
+    async def damaged(self, digests: Sequence[bytes]) -> dict[bytes, int]:
         """Return the ids of those digests whose stored form is damaged: storing them again heals these blocks."""
         return await self.blocks.damaged(digests)
 

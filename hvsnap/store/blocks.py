@@ -36,6 +36,7 @@ from hvsnap.store.repository import (
     encode_config,
     parse_config,
 )
+from hvsnap.store.rewriting import Rewriting
 from hvsnap.store.uninterrupted import uninterrupted
 
 
@@ -94,9 +95,10 @@ class PackedBlocks:
         self._index = index
         self._workers = Workers(threads)
         codec = Codec(repository.block_size, level, repository.keys.block)
-        self._intake = Intake(objects, index, repository, codec, self._workers, next_block_id)
+        self.intake = Intake(objects, index, repository, codec, self._workers, next_block_id)
         self.manifests = Manifests(objects, repository)
         self.packs = Packs(objects, repository)
+        self.rewriting = Rewriting(objects, repository, codec, self._workers, self.packs)
         self._fetcher = Fetcher(objects, index, codec, self._workers, repository.block_size)
 
     @property
@@ -106,7 +108,7 @@ class PackedBlocks:
 
     def session(self) -> Session:
         """Return a new user's view: the :class:`~hvsnap.ports.BlockStore` of one capture or restore."""
-        return Session(self, self._intake)
+        return Session(self, self.intake)
 
     def get(self, ids: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
         """Yield ``(position in ids, block)``, verified, in the order in which they lie in the packs.
@@ -121,28 +123,28 @@ class PackedBlocks:
         stored = np.flatnonzero(ids != ZERO_BLOCK)
         digests = np.zeros((ids.size, DIGEST_BYTES), np.uint8)
         if stored.size:
-            places = await self._index.places([int(block) for block in ids[stored]])
-            joined = b"".join(place.digest for place in places)
-            digests[stored] = np.frombuffer(joined, np.uint8).reshape(-1, DIGEST_BYTES)
+            digests[stored] = await self._index.digests(ids[stored])
         return digests
 
     async def close(self) -> None:
         """Finish what somebody waits for, give up what nobody does, let the threads go."""
-        await self._intake.close()
+        await self.intake.close()
         self._workers.close()
 
 
 class Session:
     """One user's view of the store, a :class:`~hvsnap.ports.BlockStore`; put may be called several times at once.
 
-    It knows the packs that its blocks are in. Once one of them has failed, whether it was filled by this session
-    or by another that had the same content, every put and flush raises: some block that was put is not stored.
+    While it exists, no block that it was given is swept: whoever refers to them in the catalog keeps the session until
+    that is committed. It knows the packs that its blocks are in. Once one of them has failed, whether it was filled by
+    this session or by another that had the same content, every put and flush raises: some block is not stored.
     """
 
     def __init__(self, store: PackedBlocks, intake: Intake) -> None:
         self._store = store
         self._intake = intake
         self._awaited: set[Packer] = set()
+        self._lease = intake.lease()
 
     @property
     def block_size(self) -> int:
@@ -160,7 +162,7 @@ class Session:
         self._settle()
         if not data:
             return Stored(np.zeros(0, np.uint64), 0, 0)
-        stored = await uninterrupted(self._intake.store(data, self._awaited), name="put")
+        stored = await uninterrupted(self._intake.store(data, self._awaited, self._lease), name="put")
         self._settle()
         return stored
 

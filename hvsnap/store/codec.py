@@ -84,6 +84,19 @@ class Codec:
         """
         return [self._restore_one(data[at.offset - start : at.offset - start + at.length], at) for at in places]
 
+    def check(self, data: memoryview, start: int, places: Sequence[BlockPlace]) -> dict[int, str]:
+        """Return those blocks of :meth:`restore` that are not what was stored, with the reason, by their ids.
+
+        ``data`` may end early: what lies beyond is damaged. Raises :class:`~hvsnap.errors.FormatUnknown`.
+        """
+        damaged: dict[int, str] = {}
+        for place in places:
+            try:
+                self.restore(data, start, [place])
+            except Damaged as error:
+                damaged[place.id] = error.message
+        return damaged
+
     def _restore_one(self, stored: memoryview, place: BlockPlace) -> bytes:
         what = f"block {place.id} in {place.pack}"
         check_flags(place.flags, what)

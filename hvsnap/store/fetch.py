@@ -26,6 +26,9 @@ CONTENT_BYTES_MAX = 4 << 20
 GAP_BYTES_MAX = 64 << 10
 """Bytes between two wanted blocks that are read rather than skipped: cheaper than another request."""
 
+MOVES_MAX = 3
+"""How often the blocks of a read may turn out to have been moved to another pack before that is called damage."""
+
 READS_AHEAD = 4
 """Reads under way at once: with what comes of them, 24 MiB at most."""
 
@@ -113,9 +116,18 @@ class Fetcher:
             for read in plan_reads(enumerate(places, start), self._block_size):
                 yield read
 
-    async def _fetch(self, read: Read) -> list[tuple[int, bytes]]:
-        data = memoryview(await self._range(read))
-        blocks = await self._workers.run(self._codec.restore, data, read.start, read.places)
+    async def _fetch(self, read: Read, moves: int = 0) -> list[tuple[int, bytes]]:
+        try:
+            data = memoryview(await self._range(read))
+            blocks = await self._workers.run(self._codec.restore, data, read.start, read.places)
+        except Damaged:
+            # Unless a sweep has rewritten the pack since we looked: then they are whole, and elsewhere.
+            now = await self._index.places([place.id for place in read.places])
+            if now == read.places or moves == MOVES_MAX:
+                raise
+            wanted = [(position, place) for place, many in zip(now, read.positions, strict=True) for position in many]
+            again = [await self._fetch(one, moves + 1) for one in plan_reads(wanted, self._block_size)]
+            return [item for items in again for item in items]
         return [
             (position, block) for block, positions in zip(blocks, read.positions, strict=True) for position in positions
         ]

@@ -7,9 +7,11 @@ dropped the pages, and report success the next time): the file is thrown away. E
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 DIRECTORY_MODE = 0o700  # disks' contents are their owners' affair
@@ -111,6 +113,31 @@ def read_range(path: Path, start: int, length: int) -> bytes:
         while len(data) < length and (more := file.read(length - len(data))):
             data += more
         return data
+
+
+_PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, linux/falloc.h
+
+
+def punch(path: Path, holes: Sequence[tuple[int, int]]) -> bool:
+    """Give the space of ``(start, length)`` parts of a file back, durably; False if the file system cannot.
+
+    The file keeps its size, and the parts read as zeroes. Python has no fallocate(2) with flags.
+    """
+    fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        for start, length in holes:
+            while fallocate(descriptor, _PUNCH_HOLE_KEEP_SIZE, start, length):
+                code = ctypes.get_errno()
+                if code in (errno.EOPNOTSUPP, errno.ENOSYS):
+                    return False
+                if code != errno.EINTR:
+                    raise OSError(code, os.strerror(code))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def delete(path: Path) -> None:

@@ -2,13 +2,19 @@
 
 A block is stored once. What is being stored is *pending* until its pack is durable and in the index; one put at a time
 decides, looking first at what is pending and then into the index, so nobody else can decide the same in between.
+
+What was decided is written into the *leases* of those who will refer to it, within the same turn. A sweep takes its
+turn, too, when it drops blocks from the index: whatever was handed out before is in a lease, and nothing that was
+dropped is handed out afterwards (docs/locking.md, "Sweep and capture").
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Callable
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar, TypeVarTuple
@@ -18,6 +24,7 @@ import numpy as np
 from hvsnap.errors import StoreFailed
 from hvsnap.ports import BlockIndex, ObjectStore, Stored
 from hvsnap.store.codec import Codec, digest_blocks
+from hvsnap.store.idset import IdSet
 from hvsnap.store.pack import PackId
 from hvsnap.store.packer import Packer
 from hvsnap.store.repository import Repository
@@ -58,6 +65,13 @@ class _Decision:
     packer: Packer | None
 
 
+class Lease:
+    """The blocks that somebody may refer to: every one that was handed out to it. Lasts as long as this object."""
+
+    def __init__(self) -> None:
+        self.ids = IdSet()
+
+
 class Intake:
     """Takes blocks from several puts at once. The caller sees to it that no call is cancelled half-way."""
 
@@ -83,15 +97,49 @@ class Intake:
         self._deciding = asyncio.Lock()
         self._slots = asyncio.Semaphore(PACKS_UNDER_WAY)
         self._turns = asyncio.Semaphore(self._workers.count * PUTS_PER_THREAD)
+        self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
+        self._guards: list[Lease] = []
         self._closed = False
 
-    async def store(self, data: memoryview, awaited: set[Packer]) -> Stored:
+    def lease(self) -> Lease:
+        """Return a new lease. It ends with its last reference, so that nobody can forget to hold it."""
+        lease = Lease()
+        self._leases.add(lease)
+        return lease
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[Lease]:
+        """Give a lease on every block that anybody has, or is handed out while the context lasts: a sweep's."""
+        guard = Lease()
+        for lease in self._leases:
+            guard.ids.update(lease.ids)
+        self._guards.append(guard)
+        try:
+            yield guard
+        finally:
+            self._guards.remove(guard)
+
+    @contextlib.asynccontextmanager
+    async def nobody_deciding(self) -> AsyncIterator[None]:
+        """Let nobody be told that a block is stored while the context lasts."""
+        async with self._deciding:
+            yield
+
+    @property
+    def under_way(self) -> set[str]:
+        """Names of the packs that are written, or may be in the store and not yet in the index."""
+        return {packer.pack.name for packer in self._tasks}
+
+    async def store(self, data: memoryview, awaited: set[Packer], lease: Lease) -> Stored:
         """Store consecutive blocks; the packs that must become durable for it are added to ``awaited``."""
         block_size = self._repository.block_size
         async with self._turns:
             digests = await self._workers.run(digest_blocks, data, block_size, self._keys.block)
             async with self._deciding:
                 decision = await self._decide(digests)
+                handed_out = np.fromiter(decision.ids.values(), np.uint64)
+                for holder in (lease, *self._guards):
+                    holder.ids.add(handed_out)
             awaited |= decision.awaited
             new_bytes = await self._deliver(data, digests, decision)
         ids = np.zeros(len(data) // block_size, np.uint64)
@@ -120,11 +168,15 @@ class Intake:
                 awaited.add(packer)
         if unknown:
             ids |= await self._index.find(unknown)
-        new = {digest: self._next_block_id + n for n, digest in enumerate(d for d in unknown if d not in ids)}
-        if not new:
+        unknown = [digest for digest in unknown if digest not in ids]
+        if not unknown:
             return _Decision(ids, awaited, [], None)
+        # A block whose stored form is damaged keeps its id, so that all that refer to it are healed with it.
+        new = await self._index.damaged(unknown)
+        unknown = [digest for digest in unknown if digest not in new]
+        new |= {digest: self._next_block_id + n for n, digest in enumerate(unknown)}
         packer = await self._packer_for(new)
-        self._next_block_id += len(new)
+        self._next_block_id += len(unknown)
         self._pending |= dict.fromkeys(new, packer)
         return _Decision(ids | new, awaited | {packer}, list(new), packer)
 

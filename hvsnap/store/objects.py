@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple, Unpack
@@ -100,6 +100,16 @@ class LocalObjects:
         """Remove an object for good; one that is not there is no error."""
         path = self._path(name)
         await self._write(f"cannot delete {path}", files.delete, path)
+
+    async def punch(self, name: str, holes: Sequence[tuple[int, int]]) -> bool:
+        """Give the space of ``(start, length)`` parts back; see :class:`~hvsnap.ports.Punching`."""
+        path = self._path(name)
+        try:
+            return await self._write(f"cannot punch holes into {path}", files.punch, path, holes)
+        except StoreFailed as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise NotFound(f"{path} is not there") from error
+            raise
 
     async def clean_temporaries(self) -> int:
         """Remove what interrupted writers left; return how many. Only while nobody writes: at the start."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from hvsnap.errors import HvsnapError, StoreFailed
 from hvsnap.model import BlockPlace
-from hvsnap.ports import BlockIndex, ObjectStore
+from hvsnap.ports import ObjectStore, PackIndex
 from hvsnap.store.codec import StoredBatch
 from hvsnap.store.pack import (
     ENTRIES_MAX,
@@ -42,7 +42,7 @@ class Packer:
     """
 
     def __init__(
-        self, pack: PackId, key: bytes, objects: ObjectStore, index: BlockIndex, on_over: Callable[[Packer], None]
+        self, pack: PackId, key: bytes, objects: ObjectStore, index: PackIndex, on_over: Callable[[Packer], None]
     ) -> None:
         self.pack = pack
         self.claims: dict[bytes, int] = {}

@@ -12,6 +12,7 @@ from hvsnap.store.pack import (
     HEADER_BYTES,
     PACKS,
     EntryArray,
+    Footer,
     pack_id_of,
     parse_footer,
     parse_index,
@@ -36,6 +37,10 @@ class Packs:
 
         Raises :class:`Damaged`, :class:`~hvsnap.errors.FormatUnknown`, :class:`~hvsnap.errors.NotFound`.
         """
+        return (await self.read(name))[1]
+
+    async def read(self, name: str) -> tuple[Footer, EntryArray]:
+        """Return a pack's footer and index, authenticated; raises as :meth:`index` does."""
         pack = pack_id_of(name, self._repository.id, self._repository.block_size)
         size_bytes = await self._objects.size(name)
         if size_bytes < HEADER_BYTES + FOOTER_BYTES:
@@ -44,4 +49,4 @@ class Packs:
         end = await self._objects.get_range(name, size_bytes - FOOTER_BYTES, FOOTER_BYTES)
         footer = parse_footer(pack, end, size_bytes)
         body = await self._objects.get_range(name, footer.index_offset, footer.index_bytes)
-        return await asyncio.to_thread(parse_index, pack, header, footer, body, self._key)
+        return footer, await asyncio.to_thread(parse_index, pack, header, footer, body, self._key)
