@@ -7,8 +7,11 @@ of it with the snapshot, writes what still differs, and ends as an undisturbed r
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
@@ -22,15 +25,18 @@ from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import GuestRunning, HypervisorFailed, NotFound, Refused
 from hvsnap.happenings import EventType, disk_payload
 from hvsnap.hypervisor import images
+from hvsnap.hypervisor.image_lock import images_locked
 from hvsnap.hypervisor.images import ImageInfo
 from hvsnap.hypervisor.nbd_server import serve_image
 from hvsnap.model import PAGE_BLOCKS, Disk, DiskId, Method, Operation, Progress, Snapshot, SnapshotId, State
 from hvsnap.ports import Hypervisor, NbdExport, UInt64Array
 from hvsnap.restore.fill import Filler
 from hvsnap.restore.plan import add_difference
-from hvsnap.restore.writer import open_writer
+from hvsnap.restore.writer import NbdWriter, open_writer
 from hvsnap.store.blocks import PackedBlocks
 from hvsnap.store.codec import digest_blocks
+
+log = logging.getLogger(__name__)
 
 KIND = "rollback"
 
@@ -50,6 +56,13 @@ class RollbackPlan:
     method: Method
     reason: str
     resized: bool
+
+
+class Step(StrEnum):
+    """Where a rollback is, in the journal."""
+
+    WRITING = "writing"
+    WRITTEN = "starting a bitmap"
 
 
 class Wanted:
@@ -110,27 +123,47 @@ class Rollback:
         open, and :meth:`resume` goes on.
         """
         disk, snapshot, info = await self._check(disk_id, snapshot_id)
-        differs, method, reason = await self._differs(disk, snapshot, info, report)
         filler = Filler(self._catalog, self._store, snapshot)
-        stored, zero = await filler.count(filler.differing_writes(differs))
         size = self._store.block_size
-        verified = Meter(snapshot.id, stored * size, lambda _progress: None)
-        await filler.verify(filler.differing_writes(differs), verified)
-        async with self._catalog.write() as tx:
-            facts = {"disk": disk.id, "snapshot": snapshot.id}
-            operation = await tx.open_operation(KIND, disk.guest_uuid, "writing", facts)
-            await tx.emit(EventType.ROLLBACK_STARTED, disk_payload(disk) | {"snapshot": snapshot.id})
-        await self._write(operation, disk, snapshot, info, differs, report)
+        # A guest that ran for a while between the look at its disk and the writing would leave what it wrote.
+        async with images_locked([disk.source]):
+            differs, method, reason = await self._differs(disk, snapshot, info, report)
+            stored, zero = await filler.count(filler.differing_writes(differs))
+            verified = Meter(snapshot.id, stored * size, lambda _progress: None)
+            await filler.verify(filler.differing_writes(differs), verified)
+        async with self._open(disk) as writer:
+            async with self._catalog.write() as tx:
+                facts = {"disk": disk.id, "snapshot": snapshot.id}
+                operation = await tx.open_operation(KIND, disk.guest_uuid, Step.WRITING, facts)
+                await tx.emit(EventType.ROLLBACK_STARTED, disk_payload(disk) | {"snapshot": snapshot.id})
+            await self._write(operation, writer, snapshot, info, differs, report)
+        await self._finish(operation, disk, snapshot, info, await self._start_bitmap(operation, disk, info))
         return RollbackPlan(
             snapshot.id, stored * size, zero * size, method, reason, info.size_bytes != snapshot.size_bytes
         )
 
     async def resume(self, operation: Operation, report: Report) -> None:
-        """Finish a rollback that was interrupted anywhere. Raises as :meth:`run` does; it may be called again."""
+        """Finish a rollback that was interrupted anywhere. Raises as :meth:`run` does; it may be called again.
+
+        Once all was written the guest may have run again: its disk is never written to then.
+        """
         disk_id, snapshot_id = DiskId(str(operation.facts["disk"])), SnapshotId(str(operation.facts["snapshot"]))
+        if operation.step == Step.WRITTEN:
+            disk, snapshot = await self._catalog.disk(disk_id), await self._catalog.snapshot(snapshot_id)
+            info = await images.image_info(disk.source, disk.format)
+            if disk.bitmap is not None and info.bitmap(disk.bitmap) is not None:
+                with contextlib.suppress(HypervisorFailed):  # in use: it only takes some memory there
+                    await images.bitmap_remove(disk.source, disk.bitmap)
+            # If the bitmap was not started before the crash, its name stays unknown to the image: that means a rescan.
+            bitmap = _bitmap_name(operation) if info.holds_bitmaps else None
+            await self._finish(operation, disk, snapshot, info, bitmap)
+            return
         disk, snapshot, info = await self._check(disk_id, snapshot_id)
-        differs = await self._compare(disk, snapshot, info, report)
-        await self._write(operation, disk, snapshot, info, differs, report)
+        async with images_locked([disk.source]):
+            differs = await self._compare(disk, snapshot, info, report)
+        async with self._open(disk) as writer:
+            await self._write(operation, writer, snapshot, info, differs, report)
+        await self._finish(operation, disk, snapshot, info, await self._start_bitmap(operation, disk, info))
 
     # -- before -----------------------------------------------------------------------------------
 
@@ -224,36 +257,57 @@ class Rollback:
 
     # -- the writing ------------------------------------------------------------------------------
 
+    @contextlib.asynccontextmanager
+    async def _open(self, disk: Disk) -> AsyncIterator[NbdWriter]:
+        """Open a disk for writing: as long as the context lasts, nobody else can."""
+        serving = serve_image(disk.source, disk.format, run_dir=self._run_dir, read_only=False)
+        async with serving as export, open_writer(export) as writer:
+            yield writer
+
     async def _write(
         self,
         operation: Operation,
-        disk: Disk,
+        writer: NbdWriter,
         snapshot: Snapshot,
         info: ImageInfo,
         differs: BlockSet,
         report: Report,
     ) -> None:
+        """Write what differs, durably, and then write down that it is done."""
         filler = Filler(self._catalog, self._store, snapshot)
         stored, _zero = await filler.count(filler.differing_writes(differs))
         meter = Meter(snapshot.id, stored * self._store.block_size, report)
-        serving = serve_image(disk.source, disk.format, run_dir=self._run_dir, read_only=False)
-        async with serving as export, open_writer(export) as writer:
-            await filler.fill(filler.differing_writes(differs), writer, info.size_bytes, meter)
-            await writer.finish()
-        bitmap = await self._renew_bitmap(operation, disk, info)
+        await filler.fill(filler.differing_writes(differs), writer, info.size_bytes, meter)
+        await writer.finish()
+        async with self._catalog.write() as tx:
+            await tx.step(operation.id, Step.WRITTEN)
+
+    async def _start_bitmap(self, operation: Operation, disk: Disk, info: ImageInfo) -> str | None:
+        """Start a bitmap that records from the state rolled back to; the one before is of no use any more.
+
+        Returns the bitmap's name. When the image is in use already, it has none of that name: the next capture rescans.
+        """
+        if not info.holds_bitmaps:
+            return None
+        name = _bitmap_name(operation)
+        try:
+            present = {bitmap.name for bitmap in (await images.image_info(disk.source, disk.format)).bitmaps}
+            for stale in {name, disk.bitmap} & present:
+                await images.bitmap_remove(disk.source, str(stale))
+            await images.bitmap_add(disk.source, name, self._store.block_size)
+        except HypervisorFailed as error:
+            log.warning("disk %s: no bitmap was started after its rollback: %s", disk.source, error.message)
+        return name
+
+    async def _finish(
+        self, operation: Operation, disk: Disk, snapshot: Snapshot, info: ImageInfo, bitmap: str | None
+    ) -> None:
         async with self._catalog.write() as tx:
             await tx.update_disk(disk.id, head=snapshot.id, bitmap=bitmap, size_bytes=info.size_bytes)
             await tx.clear_carry(disk.id)
             await tx.emit(EventType.ROLLBACK_FINISHED, disk_payload(disk) | {"snapshot": snapshot.id})
             await tx.close_operation(operation.id)
 
-    async def _renew_bitmap(self, operation: Operation, disk: Disk, info: ImageInfo) -> str | None:
-        """Start a bitmap that records from the state rolled back to; the one before is of no use any more."""
-        if not info.holds_bitmaps:
-            return None
-        name = f"hvsnap-{operation.id}"
-        present = {bitmap.name for bitmap in (await images.image_info(disk.source, disk.format)).bitmaps}
-        for stale in {name, disk.bitmap} & present:
-            await images.bitmap_remove(disk.source, str(stale))
-        await images.bitmap_add(disk.source, name, self._store.block_size)
-        return name
+
+def _bitmap_name(operation: Operation) -> str:
+    return f"hvsnap-{operation.id}"
