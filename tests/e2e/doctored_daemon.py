@@ -14,6 +14,8 @@ from typing import Any
 
 from hvsnap.capture.record import DiskPlan, Recorder
 from hvsnap.hypervisor.libvirt import LibvirtHypervisor
+from hvsnap.restore.fill import Filler
+from hvsnap.restore.rollback import Rollback
 from tests import run_daemon
 from tests.e2e import broken
 
@@ -30,7 +32,7 @@ async def pass_gate(name: str, who: str) -> None:
 
 
 def install_gates() -> None:
-    """Put gates before a disk is read, before the disks are switched, and before the snapshot is accomplished."""
+    """Put gates before a disk is read, the disks are switched, the snapshot is accomplished; and within rollbacks."""
     record, switch, accomplish = Recorder.record, LibvirtHypervisor.switch_to_overlays, Recorder.accomplish
 
     async def gated_record(self: Recorder, plan: DiskPlan) -> Any:
@@ -45,6 +47,18 @@ def install_gates() -> None:
         await pass_gate("accomplish", operation)
         await accomplish(self, operation, *rest)
 
+    verify, start_bitmap = Filler.verify, Rollback._start_bitmap
+
+    async def gated_verify(self: Filler, *rest: Any) -> None:
+        await pass_gate("verify", self._snapshot.id)
+        await verify(self, *rest)
+
+    async def gated_start_bitmap(self: Rollback, operation: Any, *rest: Any) -> Any:
+        await pass_gate("written", operation.facts["snapshot"])
+        return await start_bitmap(self, operation, *rest)
+
+    Filler.verify = gated_verify  # type: ignore[method-assign]
+    Rollback._start_bitmap = gated_start_bitmap  # type: ignore[method-assign]
     Recorder.record = gated_record  # type: ignore[method-assign]
     LibvirtHypervisor.switch_to_overlays = gated_switch  # type: ignore[method-assign]
     Recorder.accomplish = gated_accomplish  # type: ignore[method-assign]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -450,6 +451,55 @@ def test_guest_started_while_its_image_is_read_cannot_change_what_is_read(off: R
     off.do(disk, write(BLOCK, 40, 12))
     off.capture([disk])
     off.check_snapshots(disk)
+
+
+def begin_rollback(rig: Rig, disk: TestDisk, snapshot_id: str) -> wire.Task:
+    with rig.daemon.client() as client:
+        body = wire.Rollback(snapshot=snapshot_id, safety_snapshot=False)
+        answer = client.post(f"/disks/{rig.guest.name}/{disk.target}/rollback", wire.RollbackAnswer, body)
+    assert answer.task is not None
+    return answer.task
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["qcow2", "raw"])
+def test_guest_started_while_a_rollback_looks_at_its_disk_leaves_nothing(off: Rig, number: int) -> None:
+    """It looks which blocks differ, and writes those: what a guest wrote in between would stay."""
+    disk = off.disks[number]
+    wanted = next(iter(disk.states))
+    with off.daemon.gate("verify") as gate:
+        task = begin_rollback(off, disk, wanted)
+        gate.reached(wanted)
+        with contextlib.suppress(libvirt.libvirtError):
+            off.guest.start()
+            off.do(disk, write(11 * BLOCK, BLOCK, 21))
+            off.flush(disk)
+            off.guest.destroy()
+        gate.open()
+        assert off.daemon.task(task).state == "accomplished"
+    check_same(off.present(disk), disk.states[wanted], "a disk rolled back")
+    off.replace(disk)
+    captured_offline(off, disk, "bitmap" if number == 0 else "rescan")
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["qcow2", "raw"])
+def test_guest_that_ran_after_a_rollback_was_cut_off_keeps_what_it_wrote(off: Rig, number: int) -> None:
+    """The daemon dies when all is written and before the rollback ends; the guest runs; the daemon comes back."""
+    disk = off.disks[number]
+    wanted = next(iter(disk.states))
+    with off.daemon.gate("written") as gate:
+        begin_rollback(off, disk, wanted)
+        gate.reached(wanted)
+        off.daemon.kill()
+    check_same(off.present(disk), disk.states[wanted], "a disk rolled back")
+    off.replace(disk)
+    off.guest.start()
+    off.do(disk, write(11 * BLOCK, BLOCK, 22))
+    off.flush(disk)
+    off.guest.destroy()
+    off.daemon.start()
+    off.daemon.settled()
+    off.check_disk(disk, "a disk whose guest ran before its rollback was ended")
+    captured_offline(off, disk, "rescan")
 
 
 def test_same_bytes_are_the_same_whoever_reads(shelf: Shelf) -> None:

@@ -201,6 +201,9 @@ def test_hanging_agent_means_a_crash_consistent_snapshot_or_none(rig: Rig) -> No
         rig.check_on_images()
         # The agent may still do what it was asked: the thaw that it did not confirm is remembered.
         assert rig.daemon.status().open_operations == 1
+        rig.daemon.kill()
+        rig.daemon.start()
+        assert rig.daemon.status().open_operations == 1
     finally:
         rig.guest.run("kill -CONT $(cat /run/ga.pid)")
     rig.daemon.settled()
@@ -208,6 +211,11 @@ def test_hanging_agent_means_a_crash_consistent_snapshot_or_none(rig: Rig) -> No
     (late,) = rig.daemon.snapshot(rig.guest.name, ["vdc"], consistency="app")
     assert late.consistency == "app"
     rig.guest.run("echo alive > /mnt/file4; sync")
+
+
+def test_disks_captured_side_by_side_do_not_thaw_each_other(rig: Rig) -> None:
+    made = rig.daemon.snapshot(rig.guest.name, consistency="app")
+    assert [snapshot.consistency for snapshot in made] == ["app"] * 3
 
 
 @pytest.mark.parametrize("consistency", ["auto", "app"])
