@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -48,11 +48,9 @@ class Blocks:
     async def load(self) -> None:
         """Read what is kept in memory: the names of packs, the newest digests, what is damaged."""
         self._packs = dict(await self._db.read("SELECT number, name FROM packs"))
-        waiting = "SELECT number, first_block, last_block FROM packs WHERE NOT indexed ORDER BY number"
-        for number, first, last in await self._db.read(waiting):
-            async for ids, entries in self.stretch(first, last):
-                mine = (entries["pack"] == number) & (ids >= first) & (ids <= last)
-                self._recent.add(number, prefixes_of(entries["digest"][mine]), ids[mine])
+        for (number,) in await self._db.read("SELECT number FROM packs WHERE NOT indexed ORDER BY number"):
+            ids, entries = await self.of_pack(number)
+            self._recent.add(number, prefixes_of(entries["digest"]), ids)
         damaged = [row[0] for row in await self._db.read("SELECT block FROM damaged")]
         digests = await self.digests(np.array(damaged, np.uint64))
         self._damaged = {block: digest.tobytes() for block, digest in zip(damaged, digests, strict=True)}
@@ -71,7 +69,7 @@ class Blocks:
         candidates = np.unique(np.concatenate(parts))
         known = set(digests)
         found = {}
-        for block, digest in await self._digests_of_present(candidates):
+        for block, digest in await self.digests_of_present(candidates):
             if digest in known and block not in self._damaged:
                 found[digest] = block
         return found
@@ -96,21 +94,7 @@ class Blocks:
 
     async def places(self, ids: Sequence[int]) -> list[BlockPlace]:
         """Return where blocks lie, in the order asked for; an unknown id is :class:`Damaged`."""
-        entries = await self.entries(np.array(ids, np.uint64))
-        digests = entries["digest"].tobytes()
-        columns = zip(
-            entries["pack"].tolist(),
-            entries["offset"].tolist(),
-            entries["length"].tolist(),
-            entries["flags"].tolist(),
-            strict=True,
-        )
-        return [
-            BlockPlace(int(block), digests[at : at + DIGEST_BYTES], self.pack_name(pack), offset, length, flags)
-            for block, at, (pack, offset, length, flags) in zip(
-                ids, range(0, len(digests), DIGEST_BYTES), columns, strict=True
-            )
-        ]
+        return self._as_places(ids, await self.entries(np.array(ids, np.uint64)))
 
     async def digests(self, ids: UInt64Array) -> npt.NDArray[np.uint8]:
         """Return the digests of blocks, ``uint8[n, 32]``, in the order asked for; an unknown id is :class:`Damaged`."""
@@ -131,29 +115,22 @@ class Blocks:
         """
         if len(self._recent) >= self.recent_max:
             await self.merge(above=self.recent_max)
-        ids, entries = _entries_of(blocks)
+        ids, entries = entries_of(blocks)
         healed = [int(block) for block in ids if int(block) in self._damaged]
-        fresh = ~np.isin(ids, np.array(healed, np.uint64))
         async with self._db.transaction() as cursor:
             await cursor.check_room()
-            new_ids = ids[fresh]
-            bounds = (int(new_ids.min()), int(new_ids.max())) if new_ids.size else (0, -1)
-            sql = """INSERT INTO packs (name, size_bytes, live_blocks, live_bytes, first_block, last_block)
-                     VALUES (?, ?, ?, ?, ?, ?)"""
-            live = (len(blocks), int(entries["length"].sum()))
-            number = await cursor.insert(sql, (pack, size_bytes, *live, *bounds))
+            number = await insert_pack(cursor, pack, size_bytes, entries)
             entries["pack"] = number
-            await self._write(cursor, ids, entries, may_replace=set(healed))
+            await write(cursor, number, ids, entries, may_replace=set(healed))
             await forget_damage(cursor, healed)
-            await _raise_highest(cursor, bounds[1])
-            prefixes = prefixes_of(entries["digest"][fresh])
-            cursor.after_commit = lambda: self._added(number, pack, prefixes, new_ids, healed)
+            await _raise_highest(cursor, int(ids.max(initial=0)))
+            prefixes = prefixes_of(entries["digest"])
+            cursor.after_commit = lambda: self._added(number, pack, prefixes, ids, healed)
 
     def _added(self, number: int, pack: str, prefixes: Prefixes, ids: UInt64Array, healed: list[int]) -> None:
         self._packs[number] = pack
         self._recent.add(number, prefixes, ids)
-        for block in healed:
-            self._damaged.pop(block, None)
+        self.forget_damage(healed)
 
     async def merge(self, *, above: int = 0) -> None:
         """Enter the newest digests into the index if there are as many as ``above``.
@@ -185,19 +162,28 @@ class Blocks:
         self._recent.remove(ids)
         if self._merging is not None:
             self._merging.remove(ids)
-        for block in np.intersect1d(ids, np.array(list(self._damaged), np.uint64)).tolist():
-            self._damaged.pop(block, None)
+        self.forget_damage([block for block in list(self._damaged) if block in set(ids.tolist())])
 
-    def name_pack(self, number: int, name: str | None) -> None:
-        """Remember a pack, or forget it."""
-        if name is None:
-            self._packs.pop(number, None)
-        else:
-            self._packs[number] = name
+    def name_pack(self, number: int, name: str) -> None:
+        """Remember a pack."""
+        self._packs[number] = name
+
+    def forget_pack(self, number: int) -> None:
+        """Forget a pack that no block lies in."""
+        self._packs.pop(number, None)
+
+    def is_damaged(self, block: int) -> bool:
+        """Whether a block is known to be damaged."""
+        return block in self._damaged
 
     def remember_damage(self, damaged: dict[int, bytes]) -> None:
         """Hand these blocks, id to digest, out to no deduplication any more."""
         self._damaged |= damaged
+
+    def forget_damage(self, ids: Iterable[int]) -> None:
+        """Hand these blocks out again."""
+        for block in ids:
+            self._damaged.pop(block, None)
 
     def pack_name(self, number: int) -> str:
         """Return a pack's object name; an unknown one is :class:`Damaged`."""
@@ -207,17 +193,60 @@ class Blocks:
             raise Damaged(f"pack {number} is not in the catalog", hint=hint)
         return name
 
-    async def stretch(self, first: int, last: int) -> AsyncIterator[tuple[UInt64Array, EntryArray]]:
-        """Yield ids and entries of all blocks of the ranges that hold ``first`` to ``last``, range by range."""
-        sql = "SELECT range, entries FROM blocks WHERE range BETWEEN ? AND ? ORDER BY range LIMIT ?"
-        at, end = first // ranges.RANGE_BLOCKS, last // ranges.RANGE_BLOCKS
-        while found := await self._db.read(sql, (at, end, RANGES_AT_ONCE)):
-            at = found[-1][0] + 1
-            for number, blob in found:
+    async def of_pack(self, number: int) -> tuple[UInt64Array, EntryArray]:
+        """Return ids, ascending, and entries of all blocks that lie in a pack."""
+        sql = """SELECT b.range, b.entries FROM pack_ranges r CROSS JOIN blocks b ON b.range = r.range
+                 WHERE r.pack = ? AND b.range > ? ORDER BY r.range LIMIT ?"""
+        parts: list[tuple[UInt64Array, EntryArray]] = [(np.zeros(0, np.uint64), np.zeros(0, ENTRY))]
+        at = -1
+        while found := await self._db.read(sql, (number, at, RANGES_AT_ONCE)):
+            at = found[-1][0]
+            for key, blob in found:
                 entries = ranges.decode(blob)
-                yield ranges.ids_of(number, entries), entries
+                mine = entries[entries["pack"] == number]
+                parts.append((ranges.ids_of(key, mine), mine))
+        return np.concatenate([ids for ids, _ in parts]), np.concatenate([entries for _, entries in parts])
+
+    async def places_of_pack(self, number: int) -> list[BlockPlace]:
+        """Return all blocks that lie in a pack, in the order of their offsets."""
+        ids, entries = await self.of_pack(number)
+        return sorted(self._as_places(ids.tolist(), entries), key=lambda place: place.offset)
+
+    async def ranges_from(self, first: int) -> AsyncIterator[tuple[int, int]]:
+        """Yield ``(range, how many of its ids there are)`` of all ranges from ``first`` on, ascending."""
+        sql = "SELECT range, present FROM blocks WHERE range >= ? ORDER BY range LIMIT ?"
+        while found := await self._db.read(sql, (first, 8192)):
+            for number, present in found:
+                yield number, present
+            first = found[-1][0] + 1
+
+    async def in_ranges(self, numbers: Sequence[int]) -> tuple[UInt64Array, EntryArray]:
+        """Return ids, ascending, and entries of all blocks in some ranges (ascending)."""
+        blobs = await self._blobs(list(numbers))
+        decoded = [(number, ranges.decode(blobs[number])) for number in numbers if number in blobs]
+        ids = [ranges.ids_of(number, entries) for number, entries in decoded]
+        return (
+            np.concatenate([np.zeros(0, np.uint64), *ids]),
+            np.concatenate([np.zeros(0, ENTRY), *(entries for _, entries in decoded)]),
+        )
 
     # -- inside -----------------------------------------------------------------------------------
+
+    def _as_places(self, ids: Sequence[int], entries: EntryArray) -> list[BlockPlace]:
+        digests = entries["digest"].tobytes()
+        columns = zip(
+            entries["pack"].tolist(),
+            entries["offset"].tolist(),
+            entries["length"].tolist(),
+            entries["flags"].tolist(),
+            strict=True,
+        )
+        return [
+            BlockPlace(int(block), digests[at : at + DIGEST_BYTES], self.pack_name(pack), offset, length, flags)
+            for block, at, (pack, offset, length, flags) in zip(
+                ids, range(0, len(digests), DIGEST_BYTES), columns, strict=True
+            )
+        ]
 
     async def _indexed(self, prefixes: Prefixes) -> UInt64Array:
         """Return the ids that the index holds for prefixes."""
@@ -225,7 +254,7 @@ class Blocks:
         found = await self._db.read(sql, (json.dumps(np.unique(prefixes).tolist()),))
         return np.array([row[0] for row in found], np.uint64)
 
-    async def _digests_of_present(self, ids: UInt64Array) -> list[tuple[int, bytes]]:
+    async def digests_of_present(self, ids: UInt64Array) -> list[tuple[int, bytes]]:
         """Return ids and digests of those ascending ids that are there."""
         if not ids.size:
             return []
@@ -250,23 +279,41 @@ class Blocks:
         sql = "SELECT b.range, b.entries FROM json_each(?) j CROSS JOIN blocks b ON b.range = j.value"
         return dict(await self._db.read(sql, (json.dumps(numbers),)))
 
-    async def _write(self, cursor: Cursor, ids: UInt64Array, entries: EntryArray, *, may_replace: set[int]) -> None:
-        """Write ascending blocks into their ranges; only those that may be replaced may be there."""
-        for number, part in ranges.group(ids):
-            new = entries[part]
-            found = await cursor.read("SELECT entries FROM blocks WHERE range = ?", (number,))
-            if found:
-                old = ranges.decode(found[0][0])
-                known = set(ranges.ids_of(number, old[np.isin(old["slot"], new["slot"])]).tolist())
-                if not known <= may_replace:
-                    raise CatalogFailed(f"block {min(known - may_replace)} is in the catalog already")
-                await release(cursor, old[np.isin(old["slot"], new["slot"])])
-                new = ranges.replace(old, new)
-            sql = "INSERT OR REPLACE INTO blocks (range, present, entries) VALUES (?, ?, ?)"
-            await cursor.execute(sql, (number, new.size, ranges.encode(new)))
+
+async def insert_pack(cursor: Cursor, name: str, size_bytes: int, entries: EntryArray) -> int:
+    """Write a pack's row, all of ``entries`` live in it; return its number."""
+    sql = "INSERT INTO packs (name, size_bytes, live_blocks, live_bytes) VALUES (?, ?, ?, ?)"
+    return await cursor.insert(sql, (name, size_bytes, entries.size, int(entries["length"].sum())))
 
 
-def _entries_of(blocks: Sequence[BlockPlace]) -> tuple[UInt64Array, EntryArray]:
+async def write(cursor: Cursor, pack: int, ids: UInt64Array, entries: EntryArray, *, may_replace: set[int]) -> None:
+    """Write ascending blocks of a pack into their ranges; only those that may be replaced may be there."""
+    for number, part in ranges.group(ids):
+        new = entries[part]
+        found = await cursor.read("SELECT entries FROM blocks WHERE range = ?", (number,))
+        if found:
+            old = ranges.decode(found[0][0])
+            leaving = old[np.isin(old["slot"], new["slot"])]
+            known = set(ranges.ids_of(number, leaving).tolist())
+            if not known <= may_replace:
+                hint = "nothing was changed; please report this"
+                raise CatalogFailed(f"block {min(known - may_replace)} is in the catalog already", hint=hint)
+            await release(cursor, leaving)
+            new = ranges.replace(old, new)
+        await put_range(cursor, number, new)
+        await cursor.execute("INSERT OR IGNORE INTO pack_ranges (pack, range) VALUES (?, ?)", (pack, number))
+
+
+async def put_range(cursor: Cursor, number: int, entries: EntryArray) -> None:
+    """Write a range; one without entries is removed."""
+    if not entries.size:
+        await cursor.execute("DELETE FROM blocks WHERE range = ?", (number,))
+        return
+    sql = "INSERT OR REPLACE INTO blocks (range, present, entries) VALUES (?, ?, ?)"
+    await cursor.execute(sql, (number, entries.size, ranges.encode(entries)))
+
+
+def entries_of(blocks: Sequence[BlockPlace]) -> tuple[UInt64Array, EntryArray]:
     """Return ids, ascending, and entries of places; the pack's number is still to come."""
     blocks = sorted(blocks, key=lambda block: block.id)
     ids = np.array([block.id for block in blocks], np.uint64)

@@ -23,6 +23,7 @@ from hvsnap.catalog.blocks import Blocks
 from hvsnap.catalog.chain import IndexArray, Page
 from hvsnap.catalog.db import Database, Row, settled
 from hvsnap.catalog.transaction import Transaction
+from hvsnap.catalog.upkeep import Upkeep
 from hvsnap.errors import DiskUnknown, NotFound, SnapshotUnknown
 from hvsnap.model import BlockPlace, Disk, DiskId, Event, GuestUuid, Operation, OperationId, Snapshot, SnapshotId, State
 from hvsnap.ports import Clock, UInt64Array
@@ -49,6 +50,7 @@ class Catalog:
         self._db = database
         self._clock = clock
         self.blocks = Blocks(database)
+        self.upkeep = Upkeep(database, self.blocks)
         self.on_event: list[Callable[[Event], None]] = []
 
     @classmethod

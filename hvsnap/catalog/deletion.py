@@ -32,7 +32,9 @@ async def delete(cursor: Cursor, snapshot_id: SnapshotId) -> None:
             await _hand_over(cursor, number, child_number)
     for (disk,) in await cursor.read("SELECT id FROM disks WHERE head = ?", (snapshot_id,)):
         await _move_head(cursor, number, disk, parent)
-    await cursor.execute("UPDATE snapshots SET parent = ? WHERE parent = ?", (parent, snapshot_id))
+    # What the children's manifests say is not the whole truth now; it is still true while the deleted one's is there.
+    sql = "UPDATE snapshots SET parent = ?, manifest_changes = manifest_changes + 1 WHERE parent = ?"
+    await cursor.execute(sql, (parent, snapshot_id))
     await cursor.execute("DELETE FROM pages WHERE snapshot = ?", (number,))
     await cursor.execute("DELETE FROM snapshots WHERE id = ?", (snapshot_id,))
 

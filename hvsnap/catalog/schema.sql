@@ -49,9 +49,12 @@ CREATE TABLE snapshots (
     expires_at      REAL,
     retention       TEXT NOT NULL DEFAULT '',
     locked_until    REAL,
+    manifest_revision INTEGER NOT NULL DEFAULT 0,        -- of the manifest in the store
+    manifest_changes  INTEGER NOT NULL DEFAULT 0,        -- to what it says, since that was written
     UNIQUE (disk, sequence)
 ) STRICT;
 CREATE INDEX snapshots_by_parent ON snapshots (parent);
+CREATE INDEX snapshots_to_write ON snapshots (number) WHERE manifest_changes > 0;
 
 -- When automatic snapshots are made. Lists are JSON.
 CREATE TABLE policies (
@@ -66,16 +69,14 @@ CREATE TABLE policies (
 ) STRICT;
 
 -- Durable packs. 'live_bytes' are the stored bytes of the blocks that are still in 'blocks'. 'to_sweep' counts the changes
--- since a sweep last looked at the pack. 'first_block' to 'last_block' hold the ids of the blocks that were new with it;
--- 'indexed' says whether their digests are in 'digests'.
+-- since a sweep last looked at the pack. 'indexed' says whether the digests of its blocks are in 'digests'. 'verified_at' is
+-- when all its blocks were last read and found whole.
 CREATE TABLE packs (
     number      INTEGER PRIMARY KEY AUTOINCREMENT,
     name        TEXT NOT NULL UNIQUE,
     size_bytes  INTEGER NOT NULL,
     live_blocks INTEGER NOT NULL,
     live_bytes  INTEGER NOT NULL,
-    first_block INTEGER NOT NULL,
-    last_block  INTEGER NOT NULL,
     indexed     INTEGER NOT NULL DEFAULT 0,
     to_sweep    INTEGER NOT NULL DEFAULT 0,
     verified_at REAL
@@ -88,6 +89,13 @@ CREATE TABLE blocks (
     present INTEGER NOT NULL,
     entries BLOB NOT NULL
 ) STRICT;
+
+-- The ranges that hold blocks of a pack, and perhaps some that no longer do.
+CREATE TABLE pack_ranges (
+    pack  INTEGER NOT NULL REFERENCES packs (number) ON DELETE CASCADE,
+    range INTEGER NOT NULL,
+    PRIMARY KEY (pack, range)
+) STRICT, WITHOUT ROWID;
 
 -- Blocks by the first 47 bits of their digests. May hold too much, never too little but for packs that are not indexed.
 CREATE TABLE digests (

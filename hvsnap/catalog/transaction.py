@@ -13,6 +13,9 @@ from hvsnap.errors import DiskUnknown, NotFound, SnapshotUnknown
 from hvsnap.model import Disk, DiskId, Event, GuestUuid, Operation, OperationId, Snapshot, SnapshotId, new_id
 from hvsnap.ports import Clock
 
+IN_MANIFEST = {"name", "description", "tags", "expires_at", "retention", "locked_until"}
+"""Fields that may change after a snapshot's manifest was written, and are in it."""
+
 OUTBOX_EVENTS_MAX = 10_000
 """Events that wait for the broker at most: some days of a busy host, a few MiB."""
 
@@ -44,6 +47,10 @@ class Transaction:
     async def update_snapshot(self, snapshot_id: SnapshotId, **changes: Any) -> None:
         """Change fields of a snapshot; raises :class:`SnapshotUnknown`."""
         await self._update("snapshots", rows.SNAPSHOT_FIELDS, snapshot_id, changes)
+        if IN_MANIFEST & set(changes):
+            sql = """UPDATE snapshots SET manifest_changes = manifest_changes + 1
+                     WHERE id = ? AND state = 'accomplished'"""
+            await self._cursor.execute(sql, (snapshot_id,))
 
     async def next_sequence(self, disk: DiskId) -> int:
         """Return the sequence number of a disk's next snapshot; numbers of deleted ones are not used again."""

@@ -73,7 +73,7 @@ class ManifestHead:
 
 _DISK_KEYS = ("id", "guest_uuid", "guest_name", "target", "serial", "source", "format")
 _SNAPSHOT_KEYS = ("id", "disk", "name", "description", "kind", "method", "reason", "consistency", "retention")
-_SNAPSHOT_OTHERS = ("parent", "group", "created_at", "tags", "automatic", "expires_at")
+_SNAPSHOT_OTHERS = ("parent", "group", "created_at", "tags", "automatic", "expires_at", "locked_until")
 _DISK_OTHERS = ("size_bytes", "system", "created_at", "encrypted")
 _SNAPSHOT_NUMBERS = ("sequence", "size_bytes", "read_bytes", "changed_bytes", "stored_bytes")
 
@@ -154,6 +154,7 @@ class _Fields:
 def _snapshot(fields: _Fields) -> Snapshot:
     parent, group = fields.optional("parent", SnapshotId), fields.optional("group", GroupId)
     expires_at = fields.get("expires_at", float, int, type(None))
+    locked_until = fields.get("locked_until", float, int, type(None))
     return Snapshot(
         id=SnapshotId(fields.text("id")),
         disk=DiskId(fields.text("disk")),
@@ -175,6 +176,7 @@ def _snapshot(fields: _Fields) -> Snapshot:
         tags=fields.tags(),
         automatic=bool(fields.get("automatic", bool)),
         expires_at=None if expires_at is None else float(expires_at),
+        locked_until=None if locked_until is None else float(locked_until),
         retention=fields.text("retention"),
     )
 

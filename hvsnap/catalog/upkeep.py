@@ -1,0 +1,218 @@
+"""What keeping the store in order changes in the catalog: blocks dropped, moved, found damaged; manifests written anew.
+
+A :class:`Upkeep` is used by one task at a time; captures go on beside it. Every method is one transaction or several,
+each of which may be the last before a crash: what is left to be done can always be told from the catalog and the store.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hvsnap.catalog import ranges
+from hvsnap.catalog.blocks import Blocks, entries_of, forget_damage, insert_pack, put_range, release, write
+from hvsnap.catalog.db import Cursor, Database
+from hvsnap.catalog.ranges import ENTRY, EntryArray
+from hvsnap.catalog.recent import prefixes_of
+from hvsnap.model import BlockPlace, SnapshotId
+from hvsnap.ports import UInt64Array
+
+RANGES_IN_TRANSACTION = 128
+"""Ranges that blocks are dropped from at once, 65,536 ids: others wait for it, some tenths of a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackRow:
+    """A pack as the catalog knows it. ``to_sweep`` counts changes that no sweep has looked at yet."""
+
+    number: int
+    name: str
+    size_bytes: int
+    live_blocks: int
+    live_bytes: int
+    to_sweep: int
+    verified_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class DamagedBlock:
+    """A block whose stored form is not what was stored."""
+
+    id: int
+    why: str
+    found_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestState:
+    """What the catalog knows of an accomplished snapshot's manifest; ``changes`` were made since it was written."""
+
+    snapshot: SnapshotId
+    revision: int
+    changes: int
+
+
+class Upkeep:
+    """Changes blocks, packs and manifests in the catalog."""
+
+    def __init__(self, database: Database, blocks: Blocks) -> None:
+        self._db = database
+        self._blocks = blocks
+
+    # -- packs ------------------------------------------------------------------------------------
+
+    async def packs(self) -> list[PackRow]:
+        """Return all packs, oldest first."""
+        sql = """SELECT number, name, size_bytes, live_blocks, live_bytes, to_sweep, verified_at
+                 FROM packs ORDER BY number"""
+        return [PackRow(*row) for row in await self._db.read(sql)]
+
+    async def swept(self, pack: PackRow) -> None:
+        """Write down that a sweep has looked at a pack as it was in this row; later changes stay to be looked at."""
+        async with self._db.transaction() as cursor:
+            sql = "UPDATE packs SET to_sweep = to_sweep - ? WHERE number = ?"
+            await cursor.execute(sql, (pack.to_sweep, pack.number))
+
+    async def forget_pack(self, number: int) -> None:
+        """Remove the row of a pack without live blocks, whose object is gone."""
+        async with self._db.transaction() as cursor:
+            await cursor.execute("DELETE FROM packs WHERE number = ? AND live_blocks = 0", (number,))
+            cursor.after_commit = lambda: self._blocks.forget_pack(number)
+
+    async def verified(self, number: int, at: float) -> None:
+        """Write down when all blocks of a pack were read and found whole."""
+        async with self._db.transaction() as cursor:
+            await cursor.execute("UPDATE packs SET verified_at = ? WHERE number = ?", (at, number))
+
+    # -- blocks -----------------------------------------------------------------------------------
+
+    async def drop(self, ids: UInt64Array) -> int:
+        """Drop blocks to which nothing refers, and return their stored bytes. Their packs are to be swept then.
+
+        In as many transactions as it takes; nobody may be told of these blocks meanwhile
+        (:meth:`hvsnap.store.intake.Intake.nobody_deciding`). Ids that are not there are no error.
+        """
+        freed_bytes = 0
+        ids = np.unique(ids)
+        parts = list(ranges.group(ids))
+        async with self._blocks.turn:
+            for start in range(0, len(parts), RANGES_IN_TRANSACTION):
+                some = parts[start : start + RANGES_IN_TRANSACTION]
+                freed_bytes += await self._drop_some(ids, some)
+        return freed_bytes
+
+    async def _drop_some(self, ids: UInt64Array, parts: list[tuple[int, slice]]) -> int:
+        async with self._db.transaction() as cursor:
+            dropped = [await self._drop_of_range(cursor, number, ids[part]) for number, part in parts]
+            gone_ids = np.concatenate([ids for ids, _ in dropped])
+            gone = np.concatenate([entries for _, entries in dropped])
+            await release(cursor, gone)
+            prefixes = prefixes_of(gone["digest"])
+            order = np.argsort(prefixes)
+            pairs = zip(prefixes[order].tolist(), gone_ids[order].tolist(), strict=True)
+            await cursor.many("DELETE FROM digests WHERE prefix = ? AND block = ?", pairs)
+            await forget_damage(cursor, [block for block in gone_ids.tolist() if self._blocks.is_damaged(block)])
+            cursor.after_commit = lambda: self._blocks.forget(gone_ids)
+        return int(gone["length"].sum())
+
+    async def _drop_of_range(self, cursor: Cursor, number: int, ids: UInt64Array) -> tuple[UInt64Array, EntryArray]:
+        found = await cursor.read("SELECT entries FROM blocks WHERE range = ?", (number,))
+        if not found:
+            return np.zeros(0, np.uint64), np.zeros(0, ENTRY)
+        entries = ranges.decode(found[0][0])
+        leaving = np.isin(ranges.ids_of(number, entries), ids)
+        await put_range(cursor, number, entries[~leaving])
+        return ranges.ids_of(number, entries[leaving]), entries[leaving]
+
+    def mover(self, places: Sequence[BlockPlace]) -> Mover:
+        """Return what takes packs to which these blocks were copied from where they were."""
+        return Mover(self._db, self._blocks, {place.id: place for place in places})
+
+    # -- damage -----------------------------------------------------------------------------------
+
+    async def mark_damaged(self, damaged: dict[int, str], at: float) -> dict[int, str]:
+        """Write down that blocks are damaged: they are handed out to no deduplication any more.
+
+        Returns those that were not known to be. Blocks that were dropped meanwhile are left out.
+        """
+        ids = np.array(sorted(damaged), np.uint64)
+        present = await self._blocks.digests_of_present(ids)
+        new = {block: damaged[block] for block, _ in present if not self._blocks.is_damaged(block)}
+        async with self._db.transaction() as cursor:
+            sql = "INSERT OR IGNORE INTO damaged (block, why, found_at) VALUES (?, ?, ?)"
+            await cursor.many(sql, [(block, why, at) for block, why in new.items()])
+            cursor.after_commit = lambda: self._blocks.remember_damage(dict(present))
+        return new
+
+    async def clear_damage(self, ids: Sequence[int]) -> None:
+        """Write down that blocks are whole: they were read again."""
+        async with self._db.transaction() as cursor:
+            await forget_damage(cursor, ids)
+            cursor.after_commit = lambda: self._blocks.forget_damage(ids)
+
+    async def damaged(self) -> list[DamagedBlock]:
+        """Return all blocks that are known to be damaged."""
+        rows = await self._db.read("SELECT block, why, found_at FROM damaged ORDER BY block")
+        return [DamagedBlock(*row) for row in rows]
+
+    # -- manifests --------------------------------------------------------------------------------
+
+    async def manifests(self) -> dict[SnapshotId, ManifestState]:
+        """Return the state of every accomplished snapshot's manifest."""
+        sql = "SELECT id, manifest_revision, manifest_changes FROM snapshots WHERE state = 'accomplished'"
+        found = await self._db.read(sql)
+        return {SnapshotId(row[0]): ManifestState(SnapshotId(row[0]), row[1], row[2]) for row in found}
+
+    async def manifest_written(self, written: ManifestState, revision: int) -> None:
+        """Write down that a revision says what the snapshot was when ``written`` was read; later changes stay."""
+        async with self._db.transaction() as cursor:
+            sql = """UPDATE snapshots SET manifest_revision = ?, manifest_changes = manifest_changes - ?
+                     WHERE id = ?"""
+            await cursor.execute(sql, (revision, written.changes, written.snapshot))
+
+
+class Mover:
+    """Takes new packs to which known blocks were copied: a :class:`hvsnap.ports.PackIndex`.
+
+    A block moves only if it still is where it was copied from: it may have been dropped, or healed, meanwhile.
+    """
+
+    def __init__(self, database: Database, blocks: Blocks, old: dict[int, BlockPlace]) -> None:
+        self._db = database
+        self._blocks = blocks
+        self._old = old
+
+    async def add_pack(self, pack: str, size_bytes: int, blocks: Sequence[BlockPlace]) -> None:
+        """Record a durable pack, and let its blocks lie there from now on, in one transaction."""
+        async with self._db.transaction() as cursor:
+            number = await insert_pack(cursor, pack, size_bytes, np.zeros(0, ENTRY))
+            moved = [block for block in await self._present(cursor, blocks) if block is not None]
+            ids, entries = entries_of(moved)
+            entries["pack"] = number
+            await write(cursor, number, ids, entries, may_replace=set(ids.tolist()))
+            sql = "UPDATE packs SET live_blocks = ?, live_bytes = ?, indexed = 1, to_sweep = ? WHERE number = ?"
+            left_behind = int(len(moved) < len(blocks))
+            await cursor.execute(sql, (len(moved), int(entries["length"].sum()), left_behind, number))
+            cursor.after_commit = lambda: self._blocks.name_pack(number, pack)
+
+    async def _present(self, cursor: Cursor, blocks: Sequence[BlockPlace]) -> list[BlockPlace | None]:
+        """Return the blocks that may move, ascending by id."""
+        blocks = sorted(blocks, key=lambda block: block.id)
+        numbers = json.dumps(sorted({block.id // ranges.RANGE_BLOCKS for block in blocks}))
+        sql = "SELECT b.range, b.entries FROM json_each(?) j CROSS JOIN blocks b ON b.range = j.value"
+        now: dict[int, tuple[str, int]] = {}
+        for number, blob in await cursor.read(sql, (numbers,)):
+            entries = ranges.decode(blob)
+            where = zip(entries["pack"].tolist(), entries["offset"].tolist(), strict=True)
+            now |= zip(
+                ranges.ids_of(number, entries).tolist(),
+                ((self._blocks.pack_name(pack), offset) for pack, offset in where),
+                strict=True,
+            )
+        return [
+            block if now.get(block.id) == (self._old[block.id].pack, self._old[block.id].offset) else None
+            for block in blocks
+        ]
