@@ -68,6 +68,7 @@ class DiskStates:
         self._topics = topics
         self._changed: dict[DiskId, None] = {}
         self._published_at: dict[DiskId, str] = {}
+        self._published: dict[DiskId, DiskState] = {}
         self._stored: dict[DiskId, tuple[tuple[SnapshotId, ...], int]] = {}
         self._woken = asyncio.Event()
 
@@ -81,6 +82,7 @@ class DiskStates:
     async def run(self, connection: Connection) -> None:
         """Publish all states, and then those that change, until cancelled. Raises :class:`BrokerFailed`."""
         # The broker may have forgotten them, or be another one.
+        self._published.clear()
         await self._all_changed()
         while True:
             self._woken.clear()
@@ -119,8 +121,12 @@ class DiskStates:
         snapshots = await self._catalog.snapshots(disk.id)
         stored = await self._stored_bytes(disk.id, snapshots)
         state = disk_state(self._host_id, self._clock.now(), disk, snapshots, stored)
+        before = self._published.get(disk.id)
+        if before is not None and state.model_copy(update={"at": before.at}) == before:
+            return
         self._published_at[disk.id] = topic
         await connection.publish(topic, state.to_json(), retain=True)
+        self._published[disk.id] = state
 
     async def _stored_bytes(self, disk_id: DiskId, snapshots: Sequence[Snapshot]) -> int | None:
         """Return what the store holds for a chain; counted anew only when other snapshots make it up."""
