@@ -98,19 +98,36 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+def _given(path: str) -> str:
+    if not path:
+        raise ValueError("a path is expected")
+    return path
+
+
+RequiredPath = Annotated[AbsolutePath, AfterValidator(_given)]
+
+
+class QmpDisk(_Table):
+    """A disk of a bare guest, for as long as the guest is off and was never seen running."""
+
+    path: RequiredPath
+    format: Literal["qcow2", "raw"] = "qcow2"
+
+
 class QmpGuest(_Table):
     """A bare QEMU guest, reached through its QMP socket."""
 
-    socket: AbsolutePath
+    socket: RequiredPath
     agent: AbsolutePath = ""
     capture: Literal["fleece", "redirect"] = "fleece"
+    disks: dict[str, QmpDisk] = Field(default_factory=dict)
 
 
 class Hypervisor(_Table):
     """Where the guests are."""
 
     libvirt_uri: str = "qemu:///system"
-    qmp: Annotated[dict[str, QmpGuest], _later("a bare QEMU guest")] = Field(default_factory=dict)
+    qmp: dict[str, QmpGuest] = Field(default_factory=dict)
 
 
 class Capture(_Table):

@@ -27,8 +27,10 @@ from hvsnap.config import Settings
 from hvsnap.errors import Failed, HvsnapError
 from hvsnap.happenings import EventType
 from hvsnap.hypervisor import images
+from hvsnap.hypervisor.fleet import Fleet, Member
 from hvsnap.hypervisor.libvirt import LibvirtHypervisor
-from hvsnap.model import Event, Progress
+from hvsnap.hypervisor.qmp import BareGuest, QmpHypervisor
+from hvsnap.model import Event, Layer, Progress
 from hvsnap.mqtt.publisher import MqttPublisher
 from hvsnap.ports import Publisher
 from hvsnap.restore.disk import DiskMaker
@@ -96,7 +98,7 @@ class House:
     settings: Settings
     catalog: Catalog
     lease: WriterLease
-    hypervisor: LibvirtHypervisor
+    hypervisor: Fleet
     attendance: Attendance
     captures: Captures
     restores: RestoreRecovery
@@ -128,7 +130,7 @@ async def assembled(settings: Settings) -> AsyncIterator[House]:
         stack.push_async_callback(store.close)
         private = await asyncio.to_thread(_private_directory, settings.run_dir)
         attendance = Attendance(catalog)
-        hypervisor = LibvirtHypervisor(settings.hypervisor.libvirt_uri, attendance.lifecycle)
+        hypervisor = Fleet(_members(settings, catalog, attendance, str(private)))
         stack.push_async_callback(_close_in_time, hypervisor)
         try:
             async with asyncio.TaskGroup() as group:
@@ -146,7 +148,7 @@ async def _furnish(
     catalog: Catalog,
     lease: WriterLease,
     store: PackedBlocks,
-    hypervisor: LibvirtHypervisor,
+    hypervisor: Fleet,
     attendance: Attendance,
     private: str,
 ) -> House:
@@ -207,6 +209,20 @@ async def _furnish(
     return House(settings, catalog, lease, hypervisor, attendance, captures, restores, service, mqtt)
 
 
+def _members(settings: Settings, catalog: Catalog, attendance: Attendance, private: str) -> list[Member]:
+    """Return libvirt, unless it is switched off, and every bare guest of the configuration."""
+    found = []
+    if settings.hypervisor.libvirt_uri:
+        libvirt = LibvirtHypervisor(settings.hypervisor.libvirt_uri, attendance.lifecycle, attendance.wake)
+        found.append(Member("libvirt", libvirt))
+    for name, table in settings.hypervisor.qmp.items():
+        disks = {target: Layer(disk.path, disk.format) for target, disk in table.disks.items()}
+        guest = BareGuest(name, table.socket, table.agent, table.capture == "fleece", disks)
+        hypervisor = QmpHypervisor(guest, settings.host_id, catalog, private, attendance.wake)
+        found.append(Member(name, hypervisor))
+    return found
+
+
 def _capture_settings(settings: Settings, private: str) -> CaptureSettings:
     capture = settings.capture
     return CaptureSettings(
@@ -238,8 +254,8 @@ def _private_directory(run_dir: Path) -> Path:
     return private
 
 
-async def _close_in_time(hypervisor: LibvirtHypervisor) -> None:
-    """Close the connection; a libvirtd that hangs is not waited for."""
+async def _close_in_time(hypervisor: Fleet) -> None:
+    """Close the connections; a libvirtd that hangs is not waited for."""
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(hypervisor.close(), CLOSE_S)
 
@@ -292,7 +308,7 @@ async def serve(settings: Settings, stop: asyncio.Event, ready: Callable[[], Non
             asyncio.create_task(house.captures.thaw_loop(), name="thaw"),
             asyncio.create_task(house.restores.recover_loop(), name="recover-restores"),
             asyncio.create_task(house.attendance.run(), name="attendance"),
-            asyncio.create_task(house.hypervisor.connection.reconnect_loop(house.attendance.wake), name="libvirt"),
+            asyncio.create_task(house.hypervisor.run(), name="hypervisors"),
             asyncio.create_task(_trim_events(house.catalog), name="trim-events"),
             asyncio.create_task(house.lease.keep(), name="lease"),
         ]

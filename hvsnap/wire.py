@@ -139,6 +139,7 @@ class GuestList(Answer):
     """All guests, by name."""
 
     guests: list[Guest]
+    notes: list[str] = Field(default=[], description="which hypervisor or guest could not be looked at, and why")
 
 
 # -- snapshots ------------------------------------------------------------------------------------

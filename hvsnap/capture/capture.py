@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from hvsnap.capture.facts import Mode, Step
+from hvsnap.capture.fleece import Fleece
 from hvsnap.capture.freeze import Freezer
 from hvsnap.capture.merge import OPEN_MARKER
 from hvsnap.capture.pipeline import Totals
@@ -50,13 +51,16 @@ class Capture:
         self._catalog = catalog
         self._recorder = recorder
         self._order = order
-        self._overlays = [plan.captured.overlay for plan in order.disks if plan.captured.overlay]
+        self._plans: Sequence[DiskPlan] = order.disks
+        self._fleece: Fleece | None = None
+        images_beside = (plan.captured.overlay or plan.captured.scratch for plan in order.disks)
+        self._beside = [path for path in images_beside if path]
 
     async def run(self) -> None:
         """Take the snapshots: accomplished when this returns. The guest is not yet back on its images."""
         definition = await self._hypervisor.definition(self._order.guest)
         async with self._instant() as (consistency, note), self._watching_space():
-            done: list[tuple[DiskPlan, Totals]] = [await self._recorder.record(plan) for plan in self._order.disks]
+            done: list[tuple[DiskPlan, Totals]] = [await self._recorder.record(plan) for plan in self._plans]
         await self._recorder.accomplish(self._order.operation, done, consistency, note, definition)
 
     # -- holding the instant ----------------------------------------------------------------------
@@ -67,18 +71,18 @@ class Capture:
         if self._order.mode is Mode.OFFLINE:
             async with self._held_offline() as consistency:
                 yield consistency, ""
+        elif self._order.mode is Mode.FLEECE:
+            yield await self._hold_by_fleece()
         else:
             yield await self._redirect()
 
     async def _redirect(self) -> tuple[Consistency, str]:
         """Redirect the guest's writes to overlays; the images are frozen when this returns."""
         order = self._order
-        await asyncio.to_thread(check, self._overlays, order.space)
+        await asyncio.to_thread(check, self._beside, order.space)
         for plan in order.disks:
             await images.sync_image(plan.captured.base)
-        # Before the switch: a bitmap added earlier than the instant holds a superset of what is written after it.
-        names = {plan.captured.target: plan.captured.new for plan in order.disks if plan.captured.new}
-        await self._hypervisor.bitmap_add(order.guest, names, order.block_size)
+        await self._add_bitmaps()
         await self._step(Step.OVERLAYS)
         for plan in order.disks:
             captured = plan.captured
@@ -114,8 +118,31 @@ class Capture:
             await self._switch()
         return Consistency.CRASH, why
 
+    async def _hold_by_fleece(self) -> tuple[Consistency, str]:
+        """Hold the instant in the guest's QEMU, its image current all the time (:mod:`hvsnap.capture.fleece`)."""
+        order = self._order
+        await asyncio.to_thread(check, self._beside, order.space)
+        for plan in order.disks:
+            await images.sync_image(plan.captured.base)
+        await self._add_bitmaps()
+        await self._step(Step.SCRATCH)
+        self._fleece = Fleece(await self._hypervisor.fleecer(order.guest), order.guest, order.disks)
+        await self._fleece.prepare()
+        consistency, note = await self._switch_consistently()
+        await self._step(Step.READING)
+        self._plans = await self._fleece.exported()
+        return consistency, note
+
+    async def _add_bitmaps(self) -> None:
+        """Before the instant: a bitmap that was added earlier holds a superset of what is written after it."""
+        names = {plan.captured.target: plan.captured.new for plan in self._order.disks if plan.captured.new}
+        await self._hypervisor.bitmap_add(self._order.guest, names, self._order.block_size)
+
     async def _switch(self) -> None:
         await self._step(Step.SWITCHING)
+        if self._fleece is not None:
+            await self._fleece.hold()
+            return
         overlays = {plan.captured.target: plan.captured.overlay for plan in self._order.disks}
         await self._hypervisor.switch_to_overlays(self._order.guest, overlays)
 
@@ -151,12 +178,12 @@ class Capture:
     @contextlib.asynccontextmanager
     async def _watching_space(self) -> AsyncIterator[None]:
         """Give the capture up, as :class:`NoSpace`, when the overlays' file system runs short."""
-        if not self._overlays:
+        if not self._beside:
             yield
             return
         try:
             async with asyncio.TaskGroup() as group:
-                watcher = group.create_task(watch(self._overlays, self._order.space), name="watch-space")
+                watcher = group.create_task(watch(self._beside, self._order.space), name="watch-space")
                 yield
                 watcher.cancel()
         except BaseExceptionGroup as errors:

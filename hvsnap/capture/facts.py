@@ -17,6 +17,7 @@ class Mode(StrEnum):
     """How the instant is held (docs/architecture.md, "Capture")."""
 
     REDIRECT = "redirect"
+    FLEECE = "fleece"
     OFFLINE = "offline"
 
 
@@ -25,6 +26,7 @@ class Step(StrEnum):
 
     BITMAPS = "adding bitmaps"
     OVERLAYS = "creating overlays"
+    SCRATCH = "preparing scratch images"
     FREEZING = "freezing file systems"
     SWITCHING = "switching to overlays"
     READING = "reading"
@@ -35,8 +37,9 @@ class Step(StrEnum):
 class CapturedDisk:
     """One disk of an open capture.
 
-    ``base`` is the frozen image, ``overlay`` what takes the guest's writes meanwhile (empty: offline). ``old`` is the
-    bitmap that the capture reads, ``new`` the one that records from its instant on; None where there is none.
+    ``base`` is the guest's image, ``overlay`` what takes its writes meanwhile (redirect), ``scratch`` what takes the
+    old data that is overwritten meanwhile (fleece); empty where there is none. ``old`` is the bitmap that the capture
+    reads, ``new`` the one that records from its instant on; None where there is none.
     """
 
     disk: DiskId
@@ -47,6 +50,7 @@ class CapturedDisk:
     overlay: str
     old: str | None
     new: str | None
+    scratch: str = ""
 
 
 @dataclass(frozen=True, slots=True)

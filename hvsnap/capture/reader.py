@@ -48,12 +48,13 @@ class DiskMap:
 
 
 @contextlib.contextmanager
-def _connected(export: NbdExport, contexts: list[str]) -> Iterator[Any]:
+def connected(export: NbdExport, contexts: list[str]) -> Iterator[Any]:
     """Give a connected handle; it says goodbye at the end, so that the server does not log a lost client."""
     handle = nbd.NBD()
     handle.set_pread_initialize(False)  # pread need not clear buffers that it is about to fill
     for context in contexts:
         handle.add_meta_context(context)
+    handle.set_export_name(export.name)
     handle.connect_unix(export.socket)
     for context in contexts:
         if not handle.can_meta_context(context):
@@ -107,7 +108,7 @@ def scan(export: NbdExport, block_size: int) -> DiskMap:
     """Return the map of a frozen disk. Blocking: call it in a thread. Raises :class:`ReadFailed`."""
     contexts = [ALLOCATION] + ([export.bitmap_context] if export.bitmap_context else [])
     try:
-        with _connected(export, contexts) as handle:
+        with connected(export, contexts) as handle:
             size = handle.get_size()
             blocks = -(-size // block_size)
             data = BlockSet(blocks)
@@ -202,7 +203,7 @@ class ChunkStream:
 
     def _read_all(self) -> None:
         try:
-            with _connected(self._export, []) as handle:
+            with connected(self._export, []) as handle:
                 while (taken := self._take()) is not None:
                     self._deliver(self._read(handle, *taken))
         except nbd.Error as error:
@@ -239,10 +240,23 @@ class ChunkStream:
             # The last block of a disk may be short; its rest reads as zeroes in every snapshot.
             buffer[at + length : at + blocks * size] = bytes(blocks * size - length)
             pending.append(handle.aio_pread(buffer[at : at + length], offset))
-        while pending:
-            handle.poll(-1)
-            pending = [cookie for cookie in pending if not handle.aio_command_completed(cookie)]
+        _complete(handle, pending)
+        if self._export.give_back:
+            _complete(handle, list(self._give_back(handle, group)))
         return Chunk(group.page, group.index, buffer[: group.index.size * size], self._pool, buffer)
+
+    def _give_back(self, handle: Any, group: Group) -> Iterator[int]:
+        """Discard what has been read: whoever holds the instant need not keep it for us any more."""
+        for _position, first, blocks in runs(group.index, GROUP_BLOCKS):
+            offset = (group.page * PAGE_BLOCKS + first) * self._block_size
+            yield handle.aio_trim(min(blocks * self._block_size, self._size_bytes - offset), offset)
+
+
+def _complete(handle: Any, cookies: list[int]) -> None:
+    """Return when commands are done; raises the error of one that failed."""
+    while cookies:
+        handle.poll(-1)
+        cookies = [cookie for cookie in cookies if not handle.aio_command_completed(cookie)]
 
 
 @contextlib.asynccontextmanager

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvsnap.capture.facts import CapturedDisk, Step
+from hvsnap.capture.giveback import give_back
 from hvsnap.capture.pipeline import Pipeline, StagedPage, Totals
 from hvsnap.capture.plan import Decision, Selection
 from hvsnap.capture.reader import DiskMap, scan
@@ -33,12 +34,16 @@ from hvsnap.store.manifest import ManifestPage
 
 @dataclass(frozen=True, slots=True)
 class DiskPlan:
-    """One disk of a capture: what the catalog knew when it began, and what was decided."""
+    """One disk of a capture: what the catalog knew when it began, and what was decided.
+
+    ``export`` is the frozen disk where the guest's own QEMU shows it (fleece); None: its image is opened to be read.
+    """
 
     disk: Disk
     snapshot: Snapshot
     captured: CapturedDisk
     decision: Decision
+    export: NbdExport | None = None
 
 
 class CatalogStage:
@@ -88,6 +93,8 @@ class Recorder:
 
     async def record(self, plan: DiskPlan) -> tuple[DiskPlan, Totals]:
         """Read one frozen disk; the plan comes back with what was really done (a bitmap may turn out unreadable)."""
+        if plan.export is not None:
+            return plan, await self._read(plan, plan.export)
         base, base_format = plan.captured.base, plan.captured.base_format
         if plan.decision.bitmap is not None:
             try:
@@ -108,6 +115,8 @@ class Recorder:
         if found.size_bytes != snapshot.size_bytes:
             raise HypervisorFailed(f"disk {plan.disk.target} was resized as its snapshot began", hint="try again")
         selection = select(found, await self._catalog.carry(plan.disk.id))
+        if export.give_back:
+            await asyncio.to_thread(give_back, export, selection, found.size_bytes, self._store.block_size)
         pipeline = Pipeline(snapshot.id, self._session, CatalogStage(self._catalog, snapshot), self._report)
         return await pipeline.run(export, snapshot.size_bytes, selection)
 

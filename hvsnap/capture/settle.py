@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import logging
 
+from hvsnap.capture import fleece
 from hvsnap.capture.facts import CapturedDisk, CaptureFacts, Mode, Step
 from hvsnap.capture.freeze import Freezer
 from hvsnap.capture.merge import POLL_S_FIRST, POLL_S_MAX, Action, Merge, attached
@@ -52,6 +53,8 @@ class Settle:
         if facts.mode is Mode.REDIRECT:
             for disk in facts.disks:
                 await self._bring_back(operation, disk)
+        elif facts.mode is Mode.FLEECE:
+            await fleece.undo(self._hypervisor, operation.guest_uuid, facts.disks)
         for disk in facts.disks:
             await self._retire(operation.guest_uuid, disk, disk.old if accomplished else disk.new)
         async with self._catalog.write() as tx:

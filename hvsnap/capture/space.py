@@ -1,4 +1,4 @@
-"""Watching the space that open overlays use: a snapshot is given up before a guest's write fails."""
+"""Watching the space that open overlays and scratch images use: a snapshot is given up before a guest's write fails."""
 
 from __future__ import annotations
 

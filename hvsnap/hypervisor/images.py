@@ -118,9 +118,12 @@ async def create_overlay(path: str, base_path: str, base_format: str) -> None:
         raise
 
 
-async def create_image(path: str, image_format: str, size_bytes: int) -> None:
-    """Create a new sparse image; raises :class:`TargetExists`. Nothing is left behind when it fails."""
-    await asyncio.to_thread(_create_empty, path, None)
+async def create_image(path: str, image_format: str, size_bytes: int, *, like: str | None = None) -> None:
+    """Create a new sparse image, owned like another one if that is named; raises :class:`TargetExists`.
+
+    Nothing is left behind when it fails.
+    """
+    await asyncio.to_thread(_create_empty, path, like)
     try:
         await run("qemu-img", "create", "-q", "-f", image_format, path, str(size_bytes))
     except BaseException:

@@ -79,8 +79,15 @@ def _node(domain: Any, target: str) -> tuple[str, list[dict[str, Any]]]:
 class LibvirtHypervisor:
     """The guests of one libvirt daemon. Implements :class:`hvsnap.ports.Hypervisor`."""
 
-    def __init__(self, uri: str, on_lifecycle: Lifecycle | None = None) -> None:
+    def __init__(
+        self, uri: str, on_lifecycle: Lifecycle | None = None, on_connected: Callable[[], None] | None = None
+    ) -> None:
         self.connection = LibvirtConnection(uri, on_lifecycle)
+        self._on_connected = on_connected
+
+    async def run(self) -> None:
+        """Keep the connection up, until cancelled."""
+        await self.connection.reconnect_loop(self._on_connected)
 
     async def _on(self, uuid: GuestUuid, function: Callable[[Any], T]) -> T:
         """Run ``function(domain)`` in a thread."""

@@ -217,6 +217,4 @@ class QmpConnection:
         return HypervisorUnreachable(f"the QMP socket {self._socket} of guest {self.guest}: {why}", hint=hint)
 
     def _gone(self, command: str) -> ConnectionLost:
-        return HypervisorUnreachable(
-            f"the QEMU of guest {self.guest} was lost at {command}", hint="is it still running?"
-        )
+        return ConnectionLost(f"the QEMU of guest {self.guest} was lost at {command}", hint="is it still running?")

@@ -62,7 +62,10 @@ class Attendance:
         """Look once, and tell what changed."""
         if self._hypervisor is None:
             return
-        seen = {guest.uuid: guest for guest in await self._hypervisor.guests()}
+        census = await self._hypervisor.census()
+        seen = {guest.uuid: guest for guest in census.guests}
+        if census.silent:  # whoever does not answer has lost no guest
+            seen = self._present | seen
         come = [guest for uuid, guest in seen.items() if uuid not in self._present]
         gone = [guest for uuid, guest in self._present.items() if uuid not in seen]
         if come or gone:

@@ -19,7 +19,8 @@ from hvsnap.catalog.catalog import Catalog
 from hvsnap.config import Settings
 from hvsnap.errors import HvsnapError
 from hvsnap.hypervisor.tools import run
-from hvsnap.model import DiskId, GuestView, Operation
+from hvsnap.model import DiskId, Operation
+from hvsnap.ports import Census
 from hvsnap.service import findings
 from hvsnap.service.guests import Guests
 from hvsnap.service.inventory import Inventory
@@ -63,6 +64,10 @@ class Versions(Protocol):
         """Return dotted versions under ``libvirt`` and ``qemu``; raises :class:`HypervisorUnreachable`."""
         ...
 
+    async def census(self) -> Census:
+        """Return all guests, and what kept others from being seen."""
+        ...
+
 
 def report(found: Sequence[Finding]) -> DoctorReport:
     """Return findings as a report."""
@@ -88,10 +93,8 @@ async def version_findings(hypervisor: Versions, uri: str) -> tuple[list[Finding
         versions = await hypervisor.versions()
     except HvsnapError as error:
         problem = error.message
-    found = [
-        *findings.qemu(findings.parse_version(versions.get("qemu", "") or await _answer_of_qemu())),
-        findings.libvirt(findings.parse_version(versions.get("libvirt", "")), problem, uri),
-    ]
+    found = findings.qemu(findings.parse_version(versions.get("qemu", "") or await _answer_of_qemu()))
+    found.append(findings.libvirt(findings.parse_version(versions.get("libvirt", "")), problem, uri))
     return found, not problem
 
 
@@ -171,12 +174,11 @@ class Doctor:
         return report(found)
 
     async def _hypervisor_findings(self) -> list[Finding]:
-        found, answered = await version_findings(self._hypervisor, self._uri)
-        if not answered:
-            return found
+        found, _answered = await version_findings(self._hypervisor, self._uri)
         with contextlib.suppress(HvsnapError):
-            views: list[GuestView] = await self._inventory.guests()
-            found += findings.transient(views)
+            census = await self._hypervisor.census()
+            found += findings.silent_guests(census.silent)
+            found += findings.transient(census.guests)
             found += findings.disks(await self._guests.listing())
         return found
 

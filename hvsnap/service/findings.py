@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from hvsnap.errors import HvsnapError
 from hvsnap.model import GuestView, Operation
 from hvsnap.wire import BitmapHealth, Finding, GuestList, MqttStatus, Severity
 
@@ -73,7 +75,7 @@ def qemu(version: Version | None) -> list[Finding]:
                 severity=Severity.INFO,
                 check="qemu-nbd-iothread",
                 what="this QEMU can abort a guest whose disks have iothreads when a tool reads them through QEMU's own "
-                "NBD server; hvsnap never does, other backup tools do",
+                "NBD server; hvsnap does not do it, other backup tools do",
                 evidence=evidence,
                 remedy=f"keep other backup tools away from such guests, or use QEMU {dotted(QEMU_NBD_IOTHREAD_FIXED)}",
             )
@@ -82,7 +84,11 @@ def qemu(version: Version | None) -> list[Finding]:
 
 
 def libvirt(version: Version | None, problem: str, uri: str) -> Finding:
-    """Judge libvirt; ``problem`` says why it did not answer."""
+    """Judge libvirt; ``problem`` says why it did not answer. Without a URI it is switched off."""
+    if not uri:
+        what = "libvirt is switched off; only bare guests are looked after"
+        evidence = "hypervisor.libvirt_uri is empty"
+        return Finding(severity=Severity.INFO, check="libvirt", what=what, evidence=evidence, remedy="")
     if problem or version is None:
         return Finding(
             severity=Severity.ERROR,
@@ -222,6 +228,21 @@ def disks(guests: GuestList) -> list[Finding]:
                     )
                 )
     return found
+
+
+def silent_guests(silent: Mapping[str, HvsnapError]) -> list[Finding]:
+    """Tell of bare guests that cannot be looked at; libvirt has a finding of its own."""
+    return [
+        Finding(
+            severity=Severity.ERROR,
+            check="bare-guest",
+            what=f"guest {name} cannot be looked at, and is not protected",
+            evidence=error.message,
+            remedy=error.hint,
+        )
+        for name, error in silent.items()
+        if name != "libvirt"
+    ]
 
 
 def transient(guests: list[GuestView]) -> list[Finding]:

@@ -62,12 +62,15 @@ class Guests:
 
     async def listing(self) -> wire.GuestList:
         """Return all guests, by name. Raises :class:`HypervisorUnreachable`."""
-        guests = await self._inventory.guests()
+        census = await self._inventory.census()
         chains: dict[DiskId, list[Snapshot]] = {}
         for snapshot in await self._catalog.snapshots(state=State.ACCOMPLISHED):
             chains.setdefault(snapshot.disk, []).append(snapshot)
         busy = self._captures.busy_disks()
-        return wire.GuestList(guests=[await self._guest(guest, chains, busy) for guest in guests])
+        return wire.GuestList(
+            guests=[await self._guest(guest, chains, busy) for guest in census.guests],
+            notes=[f"{name}: {error.message}" for name, error in census.silent.items()],
+        )
 
     async def _guest(
         self, guest: GuestView, chains: dict[DiskId, list[Snapshot]], busy: set[DiskId]

@@ -17,7 +17,7 @@ from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import BadRequest, DiskUnknown, GuestUnknown, NoEligibleDisk
 from hvsnap.happenings import EventType, disk_payload
 from hvsnap.model import Disk, DiskId, DiskView, GuestView, Layer, Operation, new_id
-from hvsnap.ports import Clock, Hypervisor
+from hvsnap.ports import Census, Clock, Hypervisor
 
 Overlays = Mapping[str, Layer]
 """Path of an open capture's overlay → the image underneath."""
@@ -143,20 +143,36 @@ class Inventory:
 
     async def guests(self) -> list[GuestView]:
         """Return all guests, their disks resolved."""
+        return (await self.census()).guests
+
+    async def census(self) -> Census:
+        """Return all guests, their disks resolved, and why others cannot be seen; raises if none can be."""
         # The journal before and after: an overlay is written down before it is made, and crossed out after it is gone.
         # A capture that begins and ends in between shows an overlay that neither look knows: then look again.
         for _ in range(LOOKS_MAX):
             before = await self.overlays()
-            guests = await self._hypervisor.guests()
+            census = await self._hypervisor.census()
+            if census.silent and not census.guests:
+                raise next(iter(census.silent.values()))
+            guests = census.guests
             overlays = before | await self.overlays()
             resolved = [resolve_guest(guest, overlays) for guest in guests]
             if not any(is_overlay(disk) for guest in resolved for disk in guest.disks):
                 break
-        return [replace(guest, disks=tuple(_skip_overlay(disk) for disk in guest.disks)) for guest in resolved]
+        skipped = [replace(guest, disks=tuple(_skip_overlay(disk) for disk in guest.disks)) for guest in resolved]
+        return Census(skipped, census.silent)
 
     async def guest(self, name: str) -> GuestView:
-        """Return one guest by its name or UUID, its disks resolved."""
-        return pick_guest(await self.guests(), name)
+        """Return one guest by its name or UUID, its disks resolved.
+
+        Where it is not among those that can be seen, the reason why others cannot be is the answer.
+        """
+        census = await self.census()
+        try:
+            return pick_guest(census.guests, name)
+        except GuestUnknown:
+            why = census.silent.get(name) or next(iter(census.silent.values()), None)
+            raise why or GuestUnknown(f"there is no guest {name[:64]}") from None
 
     async def known(self, guest: GuestView, disk: DiskView) -> Disk | None:
         """Return the catalog's row of a (resolved) disk, if it has one."""
@@ -240,7 +256,7 @@ class Inventory:
         Raises :class:`GuestUnknown`, and :class:`DiskUnknown` when the guest has another disk in its place
         (SERVICE 6.7) or none.
         """
-        guest = pick_guest(await self.guests(), disk.guest_uuid)
+        guest = await self.guest(disk.guest_uuid)
         for view in guest.disks:
             known = await self.known(guest, view)
             if known is not None and known.id == disk.id:

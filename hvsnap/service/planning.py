@@ -59,7 +59,7 @@ class Planner:
     async def begin(self, run: Run) -> tuple[OperationId, Capture]:
         """Plan a run against the present, and write it into the journal."""
         guest = await self._hypervisor.guest(run.guest)
-        mode = Mode.REDIRECT if guest.active else Mode.OFFLINE
+        mode = Mode.OFFLINE if not guest.active else Mode.FLEECE if guest.fleece else Mode.REDIRECT
         plans = []
         for disk_row, snapshot in zip(run.disks, run.snapshots, strict=True):
             disk = await self._catalog.disk(disk_row.id)
@@ -89,7 +89,7 @@ class Planner:
         """Decide how one disk is captured; raises :class:`ForeignJob` when somebody else is at work on it."""
         info = await images.image_info(disk.source, disk.format)
         bitmaps: Sequence[Bitmap] = info.bitmaps
-        if mode is Mode.REDIRECT:
+        if mode is not Mode.OFFLINE:
             job = await self._hypervisor.job(run.guest, disk.target)
             if job is not None:
                 raise ForeignJob(f"a {job.type} job is at work on disk {disk.target} of {disk.guest_name}")
@@ -109,9 +109,10 @@ class Planner:
             target=disk.target,
             base=disk.source,
             base_format=disk.format,
-            overlay=self._overlay_path(disk, snapshot) if mode is Mode.REDIRECT else "",
+            overlay=self._path_beside(disk, snapshot, "overlay") if mode is Mode.REDIRECT else "",
             old=disk.bitmap if disk.bitmap in by_name else None,
             new=f"{BITMAP_PREFIX}{snapshot.id}" if info.holds_bitmaps else None,
+            scratch=self._path_beside(disk, snapshot, "scratch") if mode is Mode.FLEECE else "",
         )
         planned = replace(
             snapshot,
@@ -123,6 +124,6 @@ class Planner:
         )
         return DiskPlan(disk, planned, captured, decision)
 
-    def _overlay_path(self, disk: Disk, snapshot: Snapshot) -> str:
+    def _path_beside(self, disk: Disk, snapshot: Snapshot, kind: str) -> str:
         directory, name = os.path.split(disk.source)
-        return os.path.join(self._settings.overlay_dir or directory, f"{name}.{snapshot.id}.overlay")
+        return os.path.join(self._settings.overlay_dir or directory, f"{name}.{snapshot.id}.{kind}")
