@@ -12,7 +12,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 from urllib.parse import unquote, urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -264,11 +264,13 @@ def parse(text: str, name: str) -> Settings:
 
 
 def keys(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
-    """Yield every key that the configuration knows, dotted."""
+    """Yield every key that the configuration knows, dotted; NAME stands where names are the user's own."""
     for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from keys(kind, f"{prefix}{name}.")
+        elif get_origin(kind) is dict:
+            yield from keys(get_args(kind)[1], f"{prefix}{name}.NAME.")
         else:
             yield f"{prefix}{name}"
 
