@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
-import ssl
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,49 +12,17 @@ from typing import Any
 
 import aiomqtt
 import pytest
-import trustme
 
+from hvsnap import config
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import ConfigInvalid
 from tests.mqtt.broker import Broker, password_file
+from tests.mqtt.certificates import Certificates
 from tests.mqtt.conftest import Publish
+from tests.mqtt.forms import DOCS
 from tests.mqtt.kit import add_disk, emit
 from tests.mqtt.listener import listening, until
 from tests.mqtt.proxy import proxied
-
-
-class Certificates:
-    """A CA, a broker's certificate and a client's, as files."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.authority = trustme.CA()
-        self.ca = self._write("ca.pem", self.authority.cert_pem.bytes())
-        broker = self.authority.issue_cert("localhost", "127.0.0.1")
-        self.broker = self._pair("broker", broker)
-        self.elsewhere = self._pair("elsewhere", self.authority.issue_cert("elsewhere.example"))
-        self.client = self._pair("client", self.authority.issue_cert("kvm1.example", common_name="kvm1"))
-        self.other_ca = self._write("other-ca.pem", trustme.CA().cert_pem.bytes())
-
-    def _pair(self, name: str, made: trustme.LeafCert) -> tuple[Path, Path]:
-        certificate = self._write(f"{name}.pem", made.cert_chain_pems[0].bytes())
-        return certificate, self._write(f"{name}.key", made.private_key_pem.bytes())
-
-    def _write(self, name: str, data: bytes) -> Path:
-        path = self.directory / name
-        path.write_bytes(data)
-        path.chmod(0o600)
-        return path
-
-    def listener(self, pair: tuple[Path, Path] | None = None) -> list[str]:
-        """Return what a TLS listener of mosquitto needs."""
-        certificate, key = pair or self.broker
-        return [f"cafile {self.ca}", f"certfile {certificate}", f"keyfile {key}"]
-
-    def context(self) -> ssl.SSLContext:
-        context = ssl.create_default_context(cafile=str(self.ca))
-        context.load_cert_chain(*self.client)
-        return context
 
 
 @pytest.fixture(scope="module")
@@ -296,30 +264,65 @@ async def test_settings_that_cannot_be_right_are_refused_at_the_start(
 
 # -- access rules ---------------------------------------------------------------------------------
 
-RULES = """user hvsnap
-topic write hvsnap/kvm1/#
-user watcher
-topic read hvsnap/#
-"""
+
+def _documented(beginning: str) -> str:
+    """Return the block of docs/mqtt.md that begins so."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", (DOCS / "mqtt.md").read_text(), re.DOTALL | re.MULTILINE)
+    (block,) = [block for block in blocks if block.startswith(beginning)]
+    return str(block)
 
 
-async def test_rules_that_let_us_write_and_nothing_else_are_enough(
-    workdir: Path, make_broker: Callable[..., Broker], catalog: Catalog, publish: Publish
+def _secret(workdir: Path, password: str) -> str:
+    path = workdir / "secret"
+    path.write_text(password)
+    path.chmod(0o600)
+    return str(path)
+
+
+@pytest.mark.parametrize("rules", ["user kvm1", "pattern write"])
+async def test_the_documented_rules_let_us_write_what_we_publish(
+    workdir: Path, make_broker: Callable[..., Broker], catalog: Catalog, publish: Publish, rules: str
 ) -> None:
-    users = password_file(workdir / "users", hvsnap="right", watcher="look")
-    rules = workdir / "acl"
-    rules.write_text(RULES)
-    secret = workdir / "secret"
-    secret.write_text("right")
-    secret.chmod(0o600)
-    broker = make_broker(f"password_file {users}", f"acl_file {rules}", anonymous=False)
+    users = password_file(workdir / "users", kvm1="right", kvm2="other", monitoring="look")
+    acl = workdir / "acl"
+    reading = "user monitoring\ntopic read hvsnap/#\n" if rules.startswith("pattern") else ""
+    acl.write_text(_documented(rules) + reading)
+    broker = make_broker(f"password_file {users}", f"acl_file {acl}", anonymous=False)
     disk = await add_disk(catalog)
-    async with listening(broker.port, username="watcher", password="look") as listener:
-        running = await publish(broker.url, username="hvsnap", password_file=str(secret))
+    async with listening(broker.port, username="monitoring", password="look") as listener:
+        running = await publish(broker.url, username="kvm1", password_file=_secret(workdir, "right"))
         state = f"hvsnap/kvm1/guest/web01/disk/{disk.id}/state"
         await listener.until(lambda heard: heard.events() and heard.on(state), "event and state")
         await running.stop()
         await listener.until(lambda heard: heard.heard[-1].json.get("reason") == "stopped", "the end")
+        before = len(listener.heard)
+        # Another host may not write here.
+        other = await publish(broker.url, username="kvm2", password_file=_secret(workdir, "other"))
+        await until(lambda: "refuses messages to hvsnap/kvm1/status" in other.publisher.status().error, "the refusal")
+        assert len(listener.heard) == before
+
+
+async def test_the_documented_settings_work_with_the_documented_broker(
+    workdir: Path, make_broker: Callable[..., Broker], certificates: Certificates, catalog: Catalog, publish: Publish
+) -> None:
+    users = password_file(workdir / "users", hvsnap="right")
+    acl = workdir / "acl"
+    acl.write_text("user hvsnap\ntopic readwrite hvsnap/#\n")
+    certificate, key = certificates.broker
+    places = {"certs/ca.pem": certificates.ca, "certs/broker.pem": certificate, "certs/broker.key": key}
+    places |= {"passwords": users, "acl": acl}
+    lines = _documented("listener 8883").splitlines()[1:]
+    for name, path in places.items():
+        lines = [line.replace(f"/etc/mosquitto/{name}", str(path)) for line in lines]
+    assert lines[-1] == "allow_anonymous false"
+    broker = make_broker(*lines[:-1], anonymous=False)
+    text = _documented("[mqtt]").replace("broker.example.org:8883", f"localhost:{broker.port}")
+    text = text.replace("/etc/hvsnap/mqtt-password", _secret(workdir, "right\n"))
+    text = text.replace("/etc/hvsnap/broker-ca.pem", str(certificates.ca))
+    settings = config.parse(text, "docs/mqtt.md").mqtt
+    await emit(catalog, 2)
+    running = await publish(**settings.model_dump())
+    await until(lambda: running.publisher.status().connected and running.publisher.status().pending == 0, "the events")
 
 
 async def test_events_that_the_broker_refuses_are_kept_until_it_takes_them(
