@@ -18,7 +18,7 @@ class HvsnapError(Exception):
     """
 
     code: ClassVar[str] = "failed"
-    exit_status: ClassVar[int] = 1
+    exit_status: int = 1  # of an instance only where it carries another process's error
     http_status: ClassVar[int] = 500
     default_hint: ClassVar[str] = ""
 

@@ -36,11 +36,7 @@ class DaemonError(HvsnapError):
     def __init__(self, error: wire.Error) -> None:
         super().__init__(error.message, hint=error.hint)
         self.error = error
-
-    @property
-    def status(self) -> int:
-        """What the command line exits with."""
-        return self.error.exit_status
+        self.exit_status = error.exit_status
 
     def as_dict(self) -> dict[str, str]:
         """Return the daemon's own words."""

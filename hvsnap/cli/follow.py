@@ -81,7 +81,7 @@ class _Waker:
 
 def _line(sight: Sight) -> str:
     rate = f", {render.size(sight.rate_bytes_s)}/s" if sight.rate_bytes_s else ""
-    eta = f", {render.duration(sight.eta_s)} left" if sight.eta_s and not sight.ended else ""
+    eta = f", {render.duration(sight.eta_s)} left" if sight.eta_s else ""
     amount = f" of {render.size(sight.total_bytes)}" if sight.total_bytes else ""
     return f"{safe(sight.title)}: {sight.percent} %{amount}{rate}{eta}"
 
@@ -98,7 +98,7 @@ class _Plain:
             line = _line(sight)
             # What is quickly done is told by its end alone.
             last, said = self._said.setdefault(sight.id, (now, ""))
-            if now - last >= LINE_INTERVAL_S and line != said:
+            if now - last >= LINE_INTERVAL_S and line != said and not sight.ended:
                 self._said[sight.id] = (now, line)
                 sys.stderr.write(line + "\n")
                 sys.stderr.flush()
