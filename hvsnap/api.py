@@ -166,8 +166,8 @@ def _daemon(service: Service) -> APIRouter:
         return await service.doctor.examine()
 
     @router.post("/recover")
-    async def recover() -> wire.Recovery:
-        return await service.recovery.recover()
+    async def recover(image: Name = "") -> wire.Recovery:
+        return await (service.recovery.recover_image(image) if image else service.recovery.recover())
 
     text: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
 

@@ -128,10 +128,10 @@ async def assembled(settings: Settings) -> AsyncIterator[House]:
         await objects.clean_temporaries()
         store = await open_store(objects, catalog, compression=settings.capture.compression)
         stack.push_async_callback(store.close)
-        private = await asyncio.to_thread(_private_directory, settings.run_dir)
+        private = await asyncio.to_thread(private_directory, settings.run_dir)
         attendance = Attendance(catalog)
-        hypervisor = Fleet(_members(settings, catalog, attendance, str(private)))
-        stack.push_async_callback(_close_in_time, hypervisor)
+        hypervisor = Fleet(members(settings, catalog, attendance.lifecycle, str(private)))
+        stack.push_async_callback(close_in_time, hypervisor)
         try:
             async with asyncio.TaskGroup() as group:
                 yield await _furnish(
@@ -202,23 +202,26 @@ async def _furnish(
             captures.busy_disks,
             mqtt_status,
         ),
-        recovery=Recovery(catalog, [captures.recover, restores.recover]),
+        recovery=Recovery(catalog, [captures.recover, restores.recover], captures.give_way),
         status=StatusBoard(settings.host_id, hypervisor, catalog, captures, tasks, mqtt_status, clock),
         feed=feed,
     )
     return House(settings, catalog, lease, hypervisor, attendance, captures, restores, service, mqtt)
 
 
-def _members(settings: Settings, catalog: Catalog, attendance: Attendance, private: str) -> list[Member]:
-    """Return libvirt, unless it is switched off, and every bare guest of the configuration."""
+def members(settings: Settings, catalog: Catalog, on_change: Callable[..., None], private: str) -> list[Member]:
+    """Return libvirt, unless it is switched off, and every bare guest of the configuration.
+
+    ``on_change`` is called, with whatever is known of it, when something happened to a guest.
+    """
     found = []
     if settings.hypervisor.libvirt_uri:
-        libvirt = LibvirtHypervisor(settings.hypervisor.libvirt_uri, attendance.lifecycle, attendance.wake)
+        libvirt = LibvirtHypervisor(settings.hypervisor.libvirt_uri, on_change, on_change)
         found.append(Member("libvirt", libvirt))
     for name, table in settings.hypervisor.qmp.items():
         disks = {target: Layer(disk.path, disk.format) for target, disk in table.disks.items()}
         guest = BareGuest(name, table.socket, table.agent, table.capture == "fleece", disks)
-        hypervisor = QmpHypervisor(guest, settings.host_id, catalog, private, attendance.wake)
+        hypervisor = QmpHypervisor(guest, settings.host_id, catalog, private, on_change)
         found.append(Member(name, hypervisor))
     return found
 
@@ -239,7 +242,7 @@ def _no_mqtt() -> wire.MqttStatus:
     return wire.MqttStatus(configured=False, connected=False, pending=0, error="")
 
 
-def _private_directory(run_dir: Path) -> Path:
+def private_directory(run_dir: Path) -> Path:
     """Make the directory of the NBD sockets: whoever could connect there would read disks. Blocking."""
     private = run_dir / "nbd"
     try:
@@ -254,7 +257,7 @@ def _private_directory(run_dir: Path) -> Path:
     return private
 
 
-async def _close_in_time(hypervisor: Fleet) -> None:
+async def close_in_time(hypervisor: Fleet) -> None:
     """Close the connections; a libvirtd that hangs is not waited for."""
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(hypervisor.close(), CLOSE_S)

@@ -22,7 +22,9 @@ GET  /v1/tasks                                          TaskList       running o
 GET  /v1/tasks/{id}                                     Task
 POST /v1/tasks/{id}/cancel                              Task           202
 GET  /v1/doctor                                         DoctorReport
-POST /v1/recover                                        Recovery       finishes or undoes what a crash left open
+POST /v1/recover                     ?image=            Recovery       finishes or undoes what a crash left open; with
+                                                                       ``image`` all about that one, captures at work
+                                                                       included, so that its guest may be started
 GET  /v1/events                      ?guest= ?since=    event stream   see below
 GET  /openapi.json                                                     the machine-readable form of this table
 ==================================== ================== ============== ==============================================

@@ -11,9 +11,10 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+from collections.abc import Callable
 
 from hvsnap.capture import fleece
-from hvsnap.capture.facts import CapturedDisk, CaptureFacts, Mode, Step
+from hvsnap.capture.facts import KIND, CapturedDisk, CaptureFacts, Mode, Step
 from hvsnap.capture.freeze import Freezer
 from hvsnap.capture.merge import POLL_S_FIRST, POLL_S_MAX, Action, Merge, attached
 from hvsnap.catalog.catalog import Catalog
@@ -59,6 +60,24 @@ class Settle:
             await self._retire(operation.guest_uuid, disk, disk.old if accomplished else disk.new)
         async with self._catalog.write() as tx:
             await tx.close_operation(operation.id)
+
+    async def settle_open(self, leave: Callable[[Operation], bool]) -> list[tuple[Operation, HvsnapError | None]]:
+        """Settle the journal's open captures but those to be left; returns each and, if it could not be, why.
+
+        Raises nothing: what cannot be settled yet stays in the journal.
+        """
+        outcome: list[tuple[Operation, HvsnapError | None]] = []
+        for operation in await self._catalog.operations(KIND):
+            if leave(operation):
+                continue
+            try:
+                await self.settle(operation)
+                outcome.append((operation, None))
+                log.info("capture %s was settled", operation.id)
+            except HvsnapError as error:
+                log.warning("capture %s cannot be settled yet: %s", operation.id, error.message)
+                outcome.append((operation, error))
+        return outcome
 
     async def _fail_unaccomplished(self, facts: CaptureFacts, error: str) -> bool:
         """Mark snapshots failed that never became durable; True if the capture was accomplished (all or none are)."""

@@ -357,14 +357,20 @@ def doctor(session: Session) -> int:
 
 
 @command("recover", DAEMON, example="hvsnap recover")
-def recover(session: Session) -> int:
+def recover(
+    session: Session,
+    image: Annotated[
+        str, typer.Option(help="Only what concerns this image, so that its guest may be started; give it way.")
+    ] = "",
+) -> int:
     """Finish or undo what a crash left open.
 
-    Exits with 1 if something is open still. Works without a running daemon, too.
+    Exits with 1 if something is open still. Works without a running daemon, too. With --image it is the step before a
+    bare guest's start (docs/bare-qemu.md): a snapshot that is being taken of the image is given up.
     """
     from hvsnap.cli import host
 
-    return host.recover(session)
+    return host.recover(session, image)
 
 
 def names() -> Sequence[str]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import time
+from urllib.parse import quote
 
 from hvsnap import wire
 from hvsnap.cli import render
@@ -11,9 +14,13 @@ from hvsnap.cli.client import DaemonAbsent
 from hvsnap.cli.complaints import complain
 from hvsnap.cli.session import Session
 from hvsnap.config import Settings
-from hvsnap.errors import DaemonUnreachable, Failed
+from hvsnap.errors import DaemonUnreachable, Failed, StoreBusy
 
 LIBVIRT_TIMEOUT_S = 15.0
+BUSY_S = 20.0
+"""How long a guest's start waits for a daemon that is just starting or ending."""
+
+BUSY_RETRY_S = 0.5
 
 
 def daemon(session: Session) -> None:
@@ -26,14 +33,11 @@ def daemon(session: Session) -> None:
 # -- recovery -------------------------------------------------------------------------------------
 
 
-def recover(session: Session) -> int:
+def recover(session: Session, image: str = "") -> int:
     """Settle what a crash left open: the running daemon does it, or we do; return the exit status."""
-    try:
-        with session.client(dispensable=True) as client:
-            answer = client.post("/recover", wire.Recovery)
-        session.remark_connect()
-    except DaemonAbsent:
-        answer = _recover_here(session.settings())
+    if image:
+        image = os.path.abspath(image)
+    answer = _recover(session, image)
     left = [one for one in answer.operations if one.outcome == "still-open"]
     if not left:
         session.answer(answer, render.recovery(answer))
@@ -45,12 +49,32 @@ def recover(session: Session) -> int:
     return complain(error, "recover", as_json=session.json, also=answer.model_dump(mode="json"))
 
 
-def _recover_here(settings: Settings) -> wire.Recovery:
+def _recover(session: Session, image: str) -> wire.Recovery:
+    deadline = time.monotonic() + BUSY_S
+    while True:
+        try:
+            with session.client(dispensable=True) as client:
+                answer = client.post(f"/recover?image={quote(image, safe='')}" if image else "/recover", wire.Recovery)
+            session.remark_connect()
+        except DaemonAbsent:
+            try:
+                return _recover_here(session.settings(), image)
+            except StoreBusy:
+                # A daemon that is just starting or ending: it answers, or lets go, soon.
+                if not image or time.monotonic() > deadline:
+                    raise
+                time.sleep(BUSY_RETRY_S)
+        else:
+            return answer
+
+
+def _recover_here(settings: Settings, image: str) -> wire.Recovery:
     from hvsnap import daemon as daemon_module  # noqa: PLC0415 - as above
+    from hvsnap import prestart  # noqa: PLC0415 - as above
 
     # What is logged on the way stands in the answer, too.
     logging.getLogger("hvsnap").addHandler(logging.NullHandler())
-    return daemon_module.recover(settings)
+    return prestart.recover_image(settings, image) if image else daemon_module.recover(settings)
 
 
 # -- the doctor -----------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class Attendance:
         """Say whose guests these are; the hypervisor itself is made with :meth:`lifecycle`, and so comes later."""
         self._hypervisor = hypervisor
 
-    def lifecycle(self, _uuid: str, _event: int, _detail: int) -> None:
+    def lifecycle(self, *_event: object) -> None:
         """Take note that something happened to a guest; what it was is looked up."""
         self.wake()
 

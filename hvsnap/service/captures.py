@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 
 from hvsnap.capture.facts import KIND, CaptureFacts
@@ -170,28 +170,34 @@ class Captures:
 
     # -- recovery ---------------------------------------------------------------------------------
 
-    async def recover(self) -> list[tuple[Operation, HvsnapError | None]]:
+    async def recover(self, only: Container[OperationId] | None = None) -> list[tuple[Operation, HvsnapError | None]]:
         """Settle what a crash left open; returns each open capture and, if it could not be settled, why.
 
-        Captures that run now are left alone. Raises nothing: what cannot be settled yet stays in the journal.
+        Captures that run now are left alone, and with ``only`` all others than these. Raises nothing: what cannot be
+        settled yet stays in the journal.
         """
         async with self._recovering:
-            outcome: list[tuple[Operation, HvsnapError | None]] = []
             running = self._lanes.snapshots()
-            for operation in await self._catalog.operations(KIND):
-                try:
-                    # Those, too, that began while this was waiting for something.
-                    at_work = running | self._lanes.snapshots()
-                    if at_work & {disk.snapshot for disk in CaptureFacts.of(operation).disks}:
-                        continue
-                    await self._settle.settle(operation)
-                    outcome.append((operation, None))
-                    log.info("capture %s was settled", operation.id)
-                except HvsnapError as error:
-                    log.warning("capture %s cannot be settled yet: %s", operation.id, error.message)
-                    outcome.append((operation, error))
+
+            def leave(operation: Operation) -> bool:
+                # Those are at work, too, that began while this was waiting for something.
+                at_work = running | self._lanes.snapshots()
+                mine = {disk.snapshot for disk in CaptureFacts.of(operation).disks}
+                return bool(at_work & mine) or (only is not None and operation.id not in only)
+
+            outcome = await self._settle.settle_open(leave)
+            if only is not None:
+                return outcome
             await self._fail_forgotten()
             return outcome + await self._freezer.recover()
+
+    async def give_way(self, disks: Sequence[DiskId]) -> None:
+        """Give the captures of disks up whose guest is about to be started, and wait until they are settled."""
+        for disk in disks:
+            for run in self._lanes.of_disk(disk):
+                if not run.settling:
+                    self._cancel(run)
+        await self.settled(disks)
 
     async def thaw_loop(self) -> None:
         """Thaw guests whose agents did not confirm it, as soon as they do."""

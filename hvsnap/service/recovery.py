@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+import os
+from collections.abc import Awaitable, Callable, Container, Iterator, Sequence
 from typing import Literal, Protocol
 
 from hvsnap import wire
@@ -13,7 +14,7 @@ from hvsnap.capture import freeze
 from hvsnap.capture.facts import KIND, CaptureFacts
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import HvsnapError, NotFound
-from hvsnap.model import DiskId, Operation, Progress, SnapshotId, State
+from hvsnap.model import DiskId, Operation, OperationId, Progress, SnapshotId, State
 from hvsnap.restore import disk, rollback
 from hvsnap.service.uses import Uses
 
@@ -21,8 +22,9 @@ log = logging.getLogger(__name__)
 
 RETRY_S = 30.0
 
-Recover = Callable[[], Awaitable[list[tuple[Operation, HvsnapError | None]]]]
-"""Settles the open operations of one kind; returns each and, if it could not be settled, why."""
+Only = Container[OperationId] | None
+Recover = Callable[[Only], Awaitable[list[tuple[Operation, HvsnapError | None]]]]
+"""Settles the open operations of one kind, all or only some; returns each and, if it could not be settled, why."""
 
 
 class Undo(Protocol):
@@ -51,7 +53,7 @@ class RestoreRecovery:
         self._uses = uses
         self._turn = asyncio.Lock()
 
-    async def recover(self) -> list[tuple[Operation, HvsnapError | None]]:
+    async def recover(self, only: Only = None) -> list[tuple[Operation, HvsnapError | None]]:
         """Settle what is open and nobody works on; what cannot be settled yet stays in the journal."""
         async with self._turn:
             # First who is at work, then the journal: work that ends in between must not be taken for a crash's.
@@ -59,6 +61,8 @@ class RestoreRecovery:
             outcome: list[tuple[Operation, HvsnapError | None]] = []
             for kind in (disk.KIND, rollback.KIND):
                 for operation in await self._catalog.operations(kind):
+                    if only is not None and operation.id not in only:
+                        continue
                     if _place(operation) not in held | self._uses.held():
                         outcome += await self._settle(operation)
             return outcome
@@ -106,18 +110,62 @@ def _place(operation: Operation) -> str:
     return str(operation.facts.get("target" if operation.kind == disk.KIND else "disk"))
 
 
-class Recovery:
-    """All recoveries, one after the other."""
+async def disks_of_image(catalog: Catalog, image: str) -> list[DiskId]:
+    """Return the known disks whose image this is, by whatever name it is called."""
+    known = await catalog.disks(include_released=True)
+    paths = await asyncio.to_thread(_same_file, image, [one.source for one in known])
+    return [one.id for one in known if one.source in paths]
 
-    def __init__(self, catalog: Catalog, recoveries: Sequence[Recover]) -> None:
+
+def _same_file(image: str, paths: Sequence[str]) -> set[str]:
+    wanted = os.path.realpath(image)
+    return {path for path in paths if os.path.realpath(path) == wanted}
+
+
+async def operations_on(catalog: Catalog, disks: Sequence[DiskId]) -> list[Operation]:
+    """Return the journal's open operations that concern any of these disks."""
+    found = []
+    for operation in await catalog.operations():
+        if operation.kind == KIND:
+            mine = {one.disk for one in CaptureFacts.of(operation).disks}
+        else:
+            mine = {DiskId(str(operation.facts.get("disk")))}
+        if mine & set(disks):
+            found.append(operation)
+    return found
+
+
+class Recovery:
+    """All recoveries, one after the other; ``give_way`` ends the captures of disks whose guest is to be started."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        recoveries: Sequence[Recover],
+        give_way: Callable[[Sequence[DiskId]], Awaitable[None]] | None = None,
+    ) -> None:
         self._catalog = catalog
         self._recoveries = recoveries
+        self._give_way = give_way
 
     async def recover(self) -> wire.Recovery:
         """Recover what can be recovered now; what is being worked on is left alone."""
+        return await self._recover(None)
+
+    async def recover_image(self, image: str) -> wire.Recovery:
+        """Make an image ready for its guest to be started: all that concerns it and no more, also what is at work now.
+
+        The guest goes before a snapshot: one that is being taken of the image is given up.
+        """
+        disks = await disks_of_image(self._catalog, image)
+        if self._give_way is not None:
+            await self._give_way(disks)
+        return await self._recover({one.id for one in await operations_on(self._catalog, disks)})
+
+    async def _recover(self, only: Only) -> wire.Recovery:
         found = []
         for recover in self._recoveries:
-            for operation, error in await recover():
+            for operation, error in await recover(only):
                 found.append(await self._told(operation, error))
         return wire.Recovery(operations=found)
 

@@ -63,6 +63,7 @@ ROOMS = {
     "api_limits": Layer.ENTRANCE,
     "server": Layer.ENTRANCE,
     "daemon": Layer.DAEMON,
+    "prestart": Layer.DAEMON,
     "cli": Layer.COMMAND_LINE,
 }
 
