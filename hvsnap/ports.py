@@ -243,6 +243,10 @@ class Fleecer(Protocol):
     Everything made is found again by its name, whatever was interrupted. Raises as :class:`Hypervisor` does.
     """
 
+    async def fleece_check(self, uuid: GuestUuid, targets: Sequence[str]) -> None:
+        """Raise :class:`Refused` for disks that cannot be fleeced, with the way out."""
+        ...
+
     async def fleece_prepare(self, uuid: GuestUuid, disks: Sequence[FleecedDisk]) -> None:
         """Put everything in place; no instant is held yet. Raises :class:`Refused`, :class:`ForeignJob`."""
         ...

@@ -93,13 +93,36 @@ class QmpFleecer:
         self._changing = asyncio.Lock()
         self._exporting: set[SnapshotId] = set()
 
+    async def fleece_check(self, uuid: GuestUuid, targets: Sequence[str]) -> None:
+        """Refuse what this QEMU cannot fleece, or would not survive, with the way out."""
+        attached = await self._look.attachments()
+        version = await self._look.version()
+        guest = self._connection.guest
+        if version < QEMU_MIN:
+            raise Refused(
+                f"the QEMU of guest {guest} is {_dotted(version)}; fleecing needs {_dotted(QEMU_MIN)} or later",
+                hint=f'capture it by redirecting: hypervisor.qmp.{guest}.capture = "redirect" (docs/bare-qemu.md)',
+            )
+        for target in targets:
+            if find(attached, target).view.iothread and version < QEMU_IOTHREAD_MIN:
+                raise Refused(
+                    f"disk {target} of guest {guest} has an I/O thread, and QEMU {_dotted(version)} would abort when "
+                    "the disk is read through its own NBD server",
+                    hint=f'capture it by redirecting: hypervisor.qmp.{guest}.capture = "redirect" (docs/bare-qemu.md), '
+                    f"or use QEMU {_dotted(QEMU_IOTHREAD_MIN)} or later",
+                )
+
     # -- doing ------------------------------------------------------------------------------------
 
     async def fleece_prepare(self, uuid: GuestUuid, disks: Sequence[FleecedDisk]) -> None:
         """Put every node in place and the devices on their switches; no instant is held yet."""
         async with self._changing:
+            await self.fleece_check(uuid, [disk.target for disk in disks])
             attached = await self._look.attachments()
-            await self._check(attached, disks)
+            for disk in disks:
+                if (root := find(attached, disk.target).root).startswith(OURS):
+                    why = f"disk {disk.target} of guest {self._connection.guest} is being fleeced already ({root})"
+                    raise ForeignJob(why, hint="`hvsnap recover` ends what a crash left open")
             await self._start_server()
             self._exporting |= {disk.snapshot for disk in disks}
             for disk in disks:
@@ -125,31 +148,6 @@ class QmpFleecer:
             await self._stop_server()
             for name in names:
                 await self._take_away(name)
-
-    # -- checks -----------------------------------------------------------------------------------
-
-    async def _check(self, attached: Sequence[Attachment], disks: Sequence[FleecedDisk]) -> None:
-        version = await self._look.version()
-        guest = self._connection.guest
-        if version < QEMU_MIN:
-            raise Refused(
-                f"the QEMU of guest {guest} is {_dotted(version)}; fleecing needs {_dotted(QEMU_MIN)} or later",
-                hint=f'capture it by redirecting: hypervisor.qmp.{guest}.capture = "redirect"',
-            )
-        for disk in disks:
-            found = find(attached, disk.target)
-            if found.view.iothread and version < QEMU_IOTHREAD_MIN:
-                raise Refused(
-                    f"disk {disk.target} of guest {guest} has an I/O thread, and QEMU {_dotted(version)} would abort "
-                    "when the disk is read through its own NBD server",
-                    hint=f'capture it by redirecting (hypervisor.qmp.{guest}.capture = "redirect", see '
-                    f"docs/bare-qemu.md), or use QEMU {_dotted(QEMU_IOTHREAD_MIN)} or later",
-                )
-            if found.root.startswith(OURS):
-                raise ForeignJob(
-                    f"disk {disk.target} of guest {guest} is being fleeced already ({found.root})",
-                    hint="`hvsnap recover` ends what a crash left open",
-                )
 
     # -- nodes ------------------------------------------------------------------------------------
 

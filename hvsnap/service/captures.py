@@ -91,6 +91,7 @@ class Captures:
         if self._stopping:
             raise Stopping("the daemon is stopping")
         found = await self._inventory.to_capture(request.guest, request.disks)
+        await self._planner.check(found)
         async with self._admitting:
             disks = [await self._admission.admit(one, wait=request.wait) for one in found]
             group = GroupId(new_id("g")) if request.group else None

@@ -17,6 +17,7 @@ from hvsnap.errors import ForeignJob
 from hvsnap.hypervisor import images
 from hvsnap.model import Bitmap, Disk, OperationId, Progress, Snapshot
 from hvsnap.ports import Clock, Hypervisor
+from hvsnap.service.inventory import Found
 from hvsnap.service.lanes import Run
 from hvsnap.store.blocks import PackedBlocks
 
@@ -55,6 +56,13 @@ class Planner:
         self._clock = clock
         self._settings = settings
         self._report = report
+
+    async def check(self, found: Sequence[Found]) -> None:
+        """Refuse what the guest's QEMU cannot do, before anything of a capture exists."""
+        guest = found[0].guest
+        if guest.active and guest.fleece:
+            fleecer = await self._hypervisor.fleecer(guest.uuid)
+            await fleecer.fleece_check(guest.uuid, [disk.view.target for disk in found])
 
     async def begin(self, run: Run) -> tuple[OperationId, Capture]:
         """Plan a run against the present, and write it into the journal."""
