@@ -57,6 +57,7 @@ ROOMS = {
     "catalog": Layer.ADAPTER,
     "capture": Layer.USE_CASE,
     "restore": Layer.USE_CASE,
+    "upkeep": Layer.USE_CASE,
     "service": Layer.SERVICE,
     "mqtt": Layer.ENTRANCE,
     "api": Layer.ENTRANCE,
