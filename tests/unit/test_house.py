@@ -208,7 +208,7 @@ def test_documents_that_the_code_names_exist() -> None:
     wrong = []
     for path in python_files("hvsnap", "bench"):
         for named in re.findall(r"docs/[a-z-]+\.(?:md|json)", path.read_text()):
-            if not (ROOT / named).exists():
+            if not (ROOT / named).exists() and named not in DOCUMENTS_AHEAD:
                 wrong.append(f"{path.relative_to(ROOT)}: {named}")
     assert wrong == []
 
