@@ -19,7 +19,7 @@ from hvsnap.capture.pipeline import Totals
 from hvsnap.capture.record import DiskPlan, Recorder
 from hvsnap.capture.space import SpaceLimits, check, watch
 from hvsnap.catalog.catalog import Catalog
-from hvsnap.errors import AgentUnavailable, HypervisorFailed
+from hvsnap.errors import AgentMissing, AgentUnavailable, HypervisorFailed
 from hvsnap.hypervisor import images
 from hvsnap.hypervisor.image_lock import images_locked
 from hvsnap.model import Consistency, GuestUuid, OperationId
@@ -99,7 +99,7 @@ class Capture:
         if asked is Consistency.CRASH:
             await self._switch()
             return Consistency.CRASH, ""
-        await self._step(Step.FREEZING)
+        await self._step(Step.FREEZING, freezing=True)
         switched = False
         try:
             async with self._freezer.frozen(self._order.guest, self._order.freeze_timeout_s) as freeze:
@@ -110,6 +110,8 @@ class Capture:
             why = f"the freeze ended after {self._order.freeze_timeout_s:g} s, before the disks were switched"
         except AgentUnavailable as error:
             why = error.message
+            if isinstance(error, AgentMissing):
+                await self._step(Step.FREEZING, freezing=False)
             if asked is Consistency.APP:
                 raise
         if asked is Consistency.APP:
@@ -171,9 +173,9 @@ class Capture:
 
     # -- around it --------------------------------------------------------------------------------
 
-    async def _step(self, step: Step) -> None:
+    async def _step(self, step: Step, **facts: bool) -> None:
         async with self._catalog.write() as tx:
-            await tx.step(self._order.operation, step)
+            await tx.step(self._order.operation, step, **facts)
 
     @contextlib.asynccontextmanager
     async def _watching_space(self) -> AsyncIterator[None]:

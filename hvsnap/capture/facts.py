@@ -55,11 +55,15 @@ class CapturedDisk:
 
 @dataclass(frozen=True, slots=True)
 class CaptureFacts:
-    """An open capture of one or several disks of a guest. ``pivoting`` names targets whose pivot was asked for."""
+    """An open capture of one or several disks of a guest.
+
+    ``pivoting`` names targets whose pivot was asked for. ``freezing``: the guest's agent may have been asked to freeze.
+    """
 
     mode: Mode
     disks: tuple[CapturedDisk, ...]
     pivoting: tuple[str, ...] = ()
+    freezing: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Return the facts as the journal stores them."""
@@ -71,6 +75,6 @@ class CaptureFacts:
         raw: dict[str, Any] = operation.facts
         try:
             disks = tuple(CapturedDisk(**disk) for disk in raw["disks"])
-            return cls(Mode(raw["mode"]), disks, tuple(raw.get("pivoting", ())))
+            return cls(Mode(raw["mode"]), disks, tuple(raw.get("pivoting", ())), bool(raw.get("freezing")))
         except (KeyError, TypeError, ValueError) as error:
             raise CatalogFailed(f"the journal's entry {operation.id} cannot be read: {error}") from error

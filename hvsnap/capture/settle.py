@@ -49,7 +49,7 @@ class Settle:
         """
         facts = CaptureFacts.of(operation)
         accomplished = await self._fail_unaccomplished(facts, error)
-        if operation.step in (Step.FREEZING, Step.SWITCHING):
+        if facts.freezing and operation.step in (Step.FREEZING, Step.SWITCHING):
             await self._freezer.thaw(operation.guest_uuid)
         if facts.mode is Mode.REDIRECT:
             for disk in facts.disks:

@@ -156,10 +156,10 @@ def with_source(root: ElementTree.Element, target: str, layer: Layer) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def agent_connected(root: ElementTree.Element) -> bool:
-    """Whether the running guest has an agent that has opened its end of the channel."""
+def agent_connected(root: ElementTree.Element) -> bool | None:
+    """Whether an agent in the running guest has opened its end of the channel; None: there is no such channel."""
     targets = root.findall("devices/channel/target[@name='org.qemu.guest_agent.0']")
-    return any(target.get("state") == "connected" for target in targets)
+    return any(target.get("state") == "connected" for target in targets) if targets else None
 
 
 def snapshot_xml(all_targets: list[str], overlays: dict[str, str]) -> str:

@@ -247,9 +247,11 @@ class LibvirtHypervisor:
             raise AgentUnavailable(f"the guest's file systems could not be frozen: {error.message}") from error
 
     async def thaw(self, uuid: GuestUuid, timeout_s: float) -> None:
-        """Thaw file systems; thawed ones are no error."""
+        """Thaw file systems; thawed ones are no error, nor is a guest without a channel to any agent."""
 
         def work(domain: Any) -> None:
+            if domain_xml.agent_connected(domain_xml.parse(domain.XMLDesc(0))) is None:
+                return
             domain.agentSetResponseTimeout(math.ceil(timeout_s), 0)
             domain.fsThaw(None, 0)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hvsnap.errors import (
+    AgentMissing,
     AgentUnavailable,
     CatalogFailed,
     GuestUnknown,
@@ -241,7 +242,7 @@ class QmpHypervisor:
         """Freeze file systems through the agent, and return how many were."""
         if self._agent is None:
             why = f"guest {self.name} has no agent socket in the configuration"
-            raise AgentUnavailable(why, hint=f"name it: hypervisor.qmp.{self.name}.agent")
+            raise AgentMissing(why, hint=f"name it: hypervisor.qmp.{self.name}.agent")
         return await self._agent.freeze(timeout_s)
 
     async def thaw(self, uuid: GuestUuid, timeout_s: float) -> None:
