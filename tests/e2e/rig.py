@@ -307,7 +307,7 @@ class Rig:
         """Return the bitmaps of a running guest's image."""
         device = self._device(disk)
         entry = next(one for one in self.qmp("query-block") if one.get("qdev") == device)
-        return sorted(bitmap["name"] for bitmap in entry["inserted"].get("dirty-bitmaps", []))
+        return sorted(bitmap.get("name", "") for bitmap in entry["inserted"].get("dirty-bitmaps", []))
 
     def format_node(self, disk: TestDisk) -> str:
         """Return QEMU's name of the node that holds a disk's image."""
