@@ -33,11 +33,8 @@ def complain(error: HvsnapError, what: str, *, as_json: bool, also: dict[str, An
     return error.exit_status
 
 
-def wrong_usage(error: TyperException) -> tuple[BadRequest, str]:
-    """Return what typer found wrong with a command line, and the command that it is about."""
-    context = getattr(error, "ctx", None)
-    path = "hvsnap" if context is None else str(context.command_path)
-    command = path.partition(" ")[2]
+def wrong_usage(error: TyperException, command: str) -> tuple[BadRequest, str]:
+    """Return what typer found wrong with a command line, and what it is about: ``command``, if one was recognised."""
     message = one_line(error.format_message()).replace("Value error, ", "").removesuffix(".")
-    hint = f"`{path} --help` says what it takes" if command else "`hvsnap --help` lists the commands"
+    hint = f"`hvsnap {command} --help` says what it takes" if command else "`hvsnap --help` lists the commands"
     return BadRequest(message, hint=hint), command or "usage"

@@ -35,7 +35,8 @@ def run(arguments: Sequence[str], session: Session | None = None) -> int:
     try:
         status = root().main(list(arguments), prog_name="hvsnap", standalone_mode=False, obj=base)
     except TyperException as error:
-        return complain(*wrong_usage(error), as_json=as_json)
+        command = next((word for word in arguments if word in root().commands), "")
+        return complain(*wrong_usage(error, command), as_json=as_json)
     except (KeyboardInterrupt, Abort):
         return INTERRUPTED
     except SystemExit as end:  # typer's own options end like this, and so does a reader that went away

@@ -249,9 +249,9 @@ def plan(p: wire.RollbackPlan) -> str:
 
 def event(e: wire.Event) -> str:
     """Return an event as one line."""
-    about = {k: v for k, v in e.payload.items() if k in ("guest", "target", "snapshot", "name", "error", "path") and v}
-    words = " ".join(f"{key}={safe(str(value))}" for key, value in about.items())
-    return f"{when(e.at)} {e.type} {words}"
+    shown = ("guest", "target", "snapshot", "name", "path", "error")
+    words = " ".join(f"{key}={safe(str(e.payload[key]))}" for key in shown if e.payload.get(key))
+    return f"{when(e.at)} {safe(e.type)} {words}".rstrip()
 
 
 def progress(p: wire.Progress) -> str:
