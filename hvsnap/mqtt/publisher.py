@@ -217,6 +217,7 @@ async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
     More than once, if need be: the wait_for() of Python 3.11, which aiomqtt uses, swallows a cancellation that comes
     together with what it waits for (python/cpython#86296).
     """
+    tasks = list(tasks)
     left = {task for task in tasks if not task.done()}
     interrupted: asyncio.CancelledError | None = None
     while left:
@@ -227,5 +228,8 @@ async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
         except asyncio.CancelledError as error:
             interrupted = error
             left = {task for task in left if not task.done()}
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # several may have failed, and one is told
     if interrupted is not None:
         raise interrupted

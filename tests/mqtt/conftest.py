@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,16 @@ from tests.service_kit import a_catalog
 FAST = Timings(
     answer_s=1.0, keepalive_s=1, pause_min_s=0.05, pause_max_s=0.2, status_s=0.5, farewell_s=2.0, progress_s=0.2
 )
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """No task or future ends with an error that nobody looked at."""
+    yield
+    gc.collect()
+    records = [*caplog.get_records("call"), *caplog.get_records("teardown")]
+    left = [record.getMessage() for record in records if record.name == "asyncio"]
+    assert not left, left
 
 
 @pytest.fixture

@@ -53,4 +53,4 @@ def test_the_dice_cut_at_most_half_of_a_pause(thrown: float, attempts: int) -> N
     even, cut = Backoff(1.0, 60.0, dice=lambda: 0.0), Backoff(1.0, 60.0, dice=lambda: thrown)
     for _ in range(attempts):
         longest, pause_s = even.pause_s(), cut.pause_s()
-        assert longest / 2 < pause_s <= longest
+        assert longest / 2 <= pause_s <= longest
