@@ -231,6 +231,37 @@ class BlockPlace:
 
 
 @dataclass(frozen=True, slots=True)
+class Pack:
+    """A pack as the catalog knows it. ``to_sweep`` counts changes that no sweep has looked at yet."""
+
+    number: int
+    name: str
+    size_bytes: int
+    live_blocks: int
+    live_bytes: int
+    to_sweep: int
+    verified_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class DamagedBlock:
+    """A block whose stored form is not what was stored."""
+
+    id: int
+    why: str
+    found_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestState:
+    """What the catalog knows of an accomplished snapshot's manifest; ``changes`` were made since it was written."""
+
+    snapshot: SnapshotId
+    revision: int
+    changes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Operation:
     """An open entry of the journal: what was about to be done when it was written.
 

@@ -47,6 +47,11 @@ class MemoryObjects:
         await writer.write(data)
         await writer.commit()
 
+    def appear(self, name: str, data: bytes) -> None:
+        if name in self.objects:
+            raise ObjectExists(f"{name} exists")
+        self.objects[name] = data
+
     async def writer(self, name: str) -> ObjectWriter:
         return _MemoryWriter(self, check_name(name))
 
@@ -74,9 +79,7 @@ class _MemoryWriter:
 
     async def commit(self) -> None:
         data, self._data = self._open(), None
-        if self._name in self._objects.objects:
-            raise ObjectExists(f"{self._name} exists")
-        self._objects.objects[self._name] = bytes(data)
+        self._objects.appear(self._name, bytes(data))
 
     async def abort(self) -> None:
         self._data = None

@@ -22,6 +22,7 @@ from hvsnap.catalog import chain, rows
 from hvsnap.catalog.blocks import Blocks
 from hvsnap.catalog.chain import IndexArray, Page
 from hvsnap.catalog.db import Database, Row, settled
+from hvsnap.catalog.moment import Moment
 from hvsnap.catalog.transaction import Transaction
 from hvsnap.catalog.upkeep import Upkeep
 from hvsnap.errors import DiskUnknown, NotFound, SnapshotUnknown
@@ -33,6 +34,9 @@ VIEWS_AT_ONCE = 16
 
 PAGES_AT_ONCE = 8
 """Own pages read together; callers hold a stream for each of 64 snapshots open side by side."""
+
+REFERENCES_AT_ONCE = 128
+"""Pages whose block ids are read together: 4 MiB at most."""
 
 _LINEAGE = """
 WITH RECURSIVE lineage (number, parent, depth) AS (
@@ -238,6 +242,22 @@ class Catalog:
         async with self.write() as tx:
             await tx.remember_guest(guest, seen)
 
+    async def all_references(self) -> AsyncIterator[UInt64Array]:
+        """Yield the block ids of all entries of all snapshots, many at a time, all of one and the same moment."""
+        sql = """SELECT snapshot, page, entries FROM pages WHERE (snapshot, page) > (?, ?)
+                 ORDER BY snapshot, page LIMIT ?"""
+        async with self._db.scan() as reader:
+            last = (0, -1)
+            while batch := await reader.read(sql, (*last, REFERENCES_AT_ONCE)):
+                last = (batch[-1][0], batch[-1][1])
+                yield await asyncio.to_thread(_block_ids, [row[2] for row in batch])
+
+    @contextlib.asynccontextmanager
+    async def moment(self) -> AsyncIterator[Moment]:
+        """Give queries that all see the catalog as it is now."""
+        async with self._db.scan() as reader:
+            yield Moment(reader)
+
     # -- journal and events -----------------------------------------------------------------------
 
     async def operations(self, kind: str | None = None) -> list[Operation]:
@@ -266,6 +286,10 @@ class Catalog:
     async def unpublished_count(self) -> int:
         """Return how many events have not been published over MQTT."""
         return int((await self._db.read("SELECT count(*) FROM events WHERE NOT published"))[0][0])
+
+
+def _block_ids(blobs: list[bytes]) -> UInt64Array:
+    return np.concatenate([chain.decode(blob).block for blob in blobs])
 
 
 def _decode_rows(found: list[Row]) -> list[tuple[int, Page]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,42 +16,11 @@ from hvsnap.catalog.blocks import Blocks, entries_of, forget_damage, insert_pack
 from hvsnap.catalog.db import Cursor, Database
 from hvsnap.catalog.ranges import ENTRY, EntryArray
 from hvsnap.catalog.recent import prefixes_of
-from hvsnap.model import BlockPlace, SnapshotId
+from hvsnap.model import BlockPlace, DamagedBlock, ManifestState, Pack, SnapshotId
 from hvsnap.ports import UInt64Array
 
 RANGES_IN_TRANSACTION = 128
 """Ranges that blocks are dropped from at once, 65,536 ids: others wait for it, some tenths of a second."""
-
-
-@dataclass(frozen=True, slots=True)
-class PackRow:
-    """A pack as the catalog knows it. ``to_sweep`` counts changes that no sweep has looked at yet."""
-
-    number: int
-    name: str
-    size_bytes: int
-    live_blocks: int
-    live_bytes: int
-    to_sweep: int
-    verified_at: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class DamagedBlock:
-    """A block whose stored form is not what was stored."""
-
-    id: int
-    why: str
-    found_at: float
-
-
-@dataclass(frozen=True, slots=True)
-class ManifestState:
-    """What the catalog knows of an accomplished snapshot's manifest; ``changes`` were made since it was written."""
-
-    snapshot: SnapshotId
-    revision: int
-    changes: int
 
 
 class Upkeep:
@@ -64,13 +32,13 @@ class Upkeep:
 
     # -- packs ------------------------------------------------------------------------------------
 
-    async def packs(self) -> list[PackRow]:
+    async def packs(self) -> list[Pack]:
         """Return all packs, oldest first."""
         sql = """SELECT number, name, size_bytes, live_blocks, live_bytes, to_sweep, verified_at
                  FROM packs ORDER BY number"""
-        return [PackRow(*row) for row in await self._db.read(sql)]
+        return [Pack(*row) for row in await self._db.read(sql)]
 
-    async def swept(self, pack: PackRow) -> None:
+    async def swept(self, pack: Pack) -> None:
         """Write down that a sweep has looked at a pack as it was in this row; later changes stay to be looked at."""
         async with self._db.transaction() as cursor:
             sql = "UPDATE packs SET to_sweep = to_sweep - ? WHERE number = ?"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterable, AsyncIterator
 
+from hvsnap.errors import Damaged
 from hvsnap.ports import ObjectStore
 from hvsnap.store.identity import MANIFESTS, ManifestHead, ManifestName
 from hvsnap.store.manifest import ManifestDecoder, ManifestEncoder, ManifestPage
@@ -69,6 +71,12 @@ class Manifests:
             for page in await asyncio.to_thread(decoder.feed, piece):
                 yield page
         decoder.finish()
+
+    async def all(self, disk: str = "") -> AsyncIterator[ManifestName]:
+        """Yield every revision of the manifests of a disk, or of all, in order; objects of other names are left out."""
+        async for item in self._objects.list(f"{MANIFESTS}/{disk}"):
+            with contextlib.suppress(Damaged):
+                yield ManifestName.parse(item.name)
 
     async def names(self, disk: str = "") -> AsyncIterator[ManifestName]:
         """Yield the manifests of a disk, or of all; of several revisions only the highest.

@@ -144,7 +144,7 @@ class Packer:
             await self._index.add_pack(self.pack.name, self._size_bytes, places)
         except Exception as error:
             self.fail(error)
-        except asyncio.CancelledError:
+        except BaseException:
             self.fail(StoreFailed("the store was closed before the blocks were durable"))
             raise
         finally:

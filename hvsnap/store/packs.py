@@ -32,6 +32,10 @@ class Packs:
         """Yield names and sizes of all packs, also of those that no index knows."""
         return self._objects.list(PACKS)
 
+    async def delete(self, name: str) -> None:
+        """Remove a pack; one that is not there is no error."""
+        await self._objects.delete(name)
+
     async def index(self, name: str) -> EntryArray:
         """Return a pack's index, ``ENTRY[n]``, authenticated; its blocks are not read.
 

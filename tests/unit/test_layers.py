@@ -40,14 +40,18 @@ PURE = {
     "capture.facts",
     "capture.plan",
     "catalog.chain",
+    "catalog.ranges",
+    "catalog.recent",
     "hypervisor.domain_xml",
     "hypervisor.qemu_nodes",
     "policy",
     "restore.plan",
     "store.identity",
+    "store.idset",
     "store.manifest",
     "store.pack",
     "store.repository",
+    "upkeep.plan",
 }
 """They decide, and touch nothing: no event loop, no file, no process (:data:`DOERS`)."""
 
@@ -57,6 +61,7 @@ ROOMS = {
     "catalog": Layer.ADAPTER,
     "capture": Layer.USE_CASE,
     "restore": Layer.USE_CASE,
+    "upkeep": Layer.USE_CASE,
     "upkeep": Layer.USE_CASE,
     "service": Layer.SERVICE,
     "mqtt": Layer.ENTRANCE,

@@ -1,0 +1,220 @@
+"""Freeing space: what nothing refers to is dropped from the catalog, then its space is given back.
+
+The order, on which everything rests (docs/locking.md, "Sweep and capture"):
+
+1. a guard is taken: whatever is handed out to a capture from now on is live;
+2. live blocks are marked as of one moment;
+3. manifests are made to say what the catalog says: no manifest names a block that was dead at that moment any more;
+4. such blocks are dropped from the catalog, while nobody decides on deduplication: now nobody can find them any more;
+5. packs are deleted, punched or rewritten; then objects that nothing knows are removed.
+
+A kill anywhere leaves work for the next sweep, and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hvsnap.catalog.catalog import Catalog
+from hvsnap.errors import Damaged, StoreBusy
+from hvsnap.model import BlockPlace, Pack
+from hvsnap.ports import Clock
+from hvsnap.store.blocks import PackedBlocks
+from hvsnap.upkeep.live import dead_blocks, mark
+from hvsnap.upkeep.manifests import make_plan, reconcile
+from hvsnap.upkeep.plan import Fate, PackPlan, plan_pack, plan_packs
+
+log = logging.getLogger(__name__)
+
+REWRITTEN_AT_ONCE = 8
+"""Packs whose live blocks are moved together, into few new ones."""
+
+
+@dataclass(slots=True)
+class Swept:
+    """What a sweep did, or would do. ``freed_bytes`` are stored bytes of dropped blocks."""
+
+    manifests: int = 0
+    dropped_blocks: int = 0
+    freed_bytes: int = 0
+    deleted_packs: int = 0
+    punched_packs: int = 0
+    rewritten_packs: int = 0
+    orphans: int = 0
+
+
+Step = Callable[[str], Awaitable[None]]
+
+
+async def no_step(_name: str) -> None:
+    """Do nothing between the steps."""
+
+
+class Sweeper:
+    """Sweeps one store, one sweep at a time.
+
+    ``certain`` tells whether this process is still the store's only writer: asked before anything is removed.
+    ``step`` is called before each step with its name; tests stop there.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        store: PackedBlocks,
+        clock: Clock,
+        certain: Callable[[], bool] = lambda: True,
+        step: Step = no_step,
+    ) -> None:
+        self._catalog = catalog
+        self._store = store
+        self._clock = clock
+        self._certain = certain
+        self._step = step
+        self._turn = asyncio.Lock()
+
+    @property
+    def sweeping(self) -> bool:
+        """Whether a sweep is under way."""
+        return self._turn.locked()
+
+    async def plan(self) -> tuple[Swept, list[PackPlan]]:
+        """Return what a sweep would do now, and what would become of every pack."""
+        manifests = await make_plan(self._catalog, self._store)
+        result = Swept(manifests=len(manifests.write) + len(manifests.remove))
+        with self._store.intake.guard() as guard:
+            live = await mark(self._catalog)
+            live.update(guard.ids)
+            loss: dict[int, tuple[int, int]] = {}
+            async for dead in dead_blocks(self._catalog, live):
+                result.dropped_blocks += dead.ids.size
+                result.freed_bytes += int(dead.lengths.sum())
+                numbers, place = np.unique(dead.packs, return_inverse=True)
+                blocks = np.bincount(place, minlength=numbers.size)
+                lengths = np.bincount(place, weights=dead.lengths, minlength=numbers.size)
+                for number, count, length in zip(numbers.tolist(), blocks.tolist(), lengths.tolist(), strict=True):
+                    before = loss.get(number, (0, 0))
+                    loss[number] = (before[0] + count, before[1] + int(length))
+        packs = plan_packs(await self._catalog.upkeep.packs(), loss, can_punch=self._store.rewriting.can_punch)
+        fates = [one.fate for one in packs]
+        result.deleted_packs = fates.count(Fate.DELETE)
+        result.punched_packs = fates.count(Fate.PUNCH)
+        result.rewritten_packs = fates.count(Fate.REWRITE)
+        result.orphans = len(await self._orphans())
+        return result, packs
+
+    async def sweep(self) -> Swept:
+        """Free what nothing refers to. Raises what the store and the catalog raise; what was done stays done."""
+        async with self._turn:
+            result = Swept()
+            await self._drop(result)
+            await self._packs(result)
+            await self._may_remove("orphans")
+            for name in await self._orphans():
+                await self._store.packs.delete(name)
+                result.orphans += 1
+            await self._step("end")
+            return result
+
+    # -- blocks -----------------------------------------------------------------------------------
+
+    async def _drop(self, result: Swept) -> None:
+        await self._step("guard")
+        with self._store.intake.guard() as guard:
+            await self._step("mark")
+            live = await mark(self._catalog)
+            await self._may_remove("manifests")
+            result.manifests, complete = await reconcile(self._catalog, self._store)
+            if not complete:
+                log.info("blocks are dropped another time: snapshots were deleted while manifests were written")
+                return
+            await self._step("drop")
+            async for dead in dead_blocks(self._catalog, live):
+                async with self._store.intake.nobody_deciding():
+                    doomed = dead.ids[~guard.ids.has(dead.ids)]
+                    await self._may_remove("dropping")
+                    result.freed_bytes += await self._catalog.upkeep.drop(doomed)
+                    result.dropped_blocks += doomed.size
+
+    # -- packs ------------------------------------------------------------------------------------
+
+    async def _packs(self, result: Swept) -> None:
+        to_rewrite: list[Pack] = []
+        for pack in await self._catalog.upkeep.packs():
+            todo = plan_pack(pack, 0, 0, can_punch=self._store.rewriting.can_punch)
+            if todo.fate is Fate.KEEP and not pack.to_sweep:
+                continue
+            await self._may_remove("pack")
+            if todo.fate is Fate.PUNCH and not await self._punch(pack):
+                todo = plan_pack(pack, 0, 0, can_punch=False)
+            match todo.fate:
+                case Fate.DELETE:
+                    await self._delete(pack)
+                    result.deleted_packs += 1
+                case Fate.PUNCH:
+                    await self._catalog.upkeep.swept(pack)
+                    result.punched_packs += 1
+                case Fate.REWRITE:
+                    to_rewrite.append(pack)
+                case Fate.KEEP:
+                    await self._catalog.upkeep.swept(pack)
+        for start in range(0, len(to_rewrite), REWRITTEN_AT_ONCE):
+            result.rewritten_packs += await self.rewrite(to_rewrite[start : start + REWRITTEN_AT_ONCE])
+
+    async def _punch(self, pack: Pack) -> bool:
+        try:
+            places = await self._catalog.blocks.places_of_pack(pack.number)
+            return await self._store.rewriting.punch(pack.name, places)
+        except Damaged as error:
+            # Where its index begins is not known: verification says so, too, and rewrites what can be read.
+            log.warning("no space is given back in %s: %s", pack.name, error.message)
+            return True
+
+    async def _delete(self, pack: Pack) -> None:
+        await self._step("delete pack")
+        await self._store.packs.delete(pack.name)
+        await self._step("forget pack")
+        await self._catalog.upkeep.forget_pack(pack.number)
+
+    async def rewrite(self, packs: Sequence[Pack]) -> int:
+        """Move the live blocks of packs into new ones and delete them; return how many were.
+
+        A pack with a damaged block stays: what is left of it may be of use to somebody.
+        """
+        old: list[tuple[str, list[BlockPlace]]] = []
+        for pack in packs:
+            old.append((pack.name, await self._catalog.blocks.places_of_pack(pack.number)))
+        mover = self._catalog.upkeep.mover([place for _, places in old for place in places])
+        await self._step("rewrite")
+        damaged = await self._store.rewriting.rewrite(old, mover)
+        if damaged:
+            await self._catalog.upkeep.mark_damaged(damaged, self._clock.now())
+        rewritten = 0
+        numbers = {pack.number for pack in packs}
+        for pack in await self._catalog.upkeep.packs():
+            if pack.number in numbers:
+                await self._may_remove("rewritten")
+                if pack.live_blocks:
+                    await self._catalog.upkeep.swept(pack)
+                else:
+                    await self._delete(pack)
+                    rewritten += 1
+        return rewritten
+
+    async def _orphans(self) -> list[str]:
+        """Return packs that neither the catalog nor anybody who is writing knows."""
+        listed = [item.name async for item in self._store.packs.list()]
+        # In this order: a pack that was listed while it was on its way into the catalog is there once it has left it.
+        under_way = self._store.intake.under_way
+        known = {pack.name for pack in await self._catalog.upkeep.packs()}
+        return [name for name in listed if name not in under_way and name not in known]
+
+    async def _may_remove(self, step: str) -> None:
+        await self._step(step)
+        if not self._certain():
+            hint = "nothing more is removed until it is certain; another daemon may have taken the store over"
+            raise StoreBusy("this daemon may no longer be the store's only writer", hint=hint)
