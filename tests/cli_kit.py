@@ -24,7 +24,7 @@ from tests.catalog_kit import a_block, a_disk, a_snapshot, add_chain
 from tests.service_kit import a_guest, a_view, known
 
 HVSNAP = str(Path(sys.executable).parent / "hvsnap")
-ARROWS_AND_COLOURS = r"\x1b\[[0-9;?]*[A-Za-z]"
+MOVES_AND_COLOURS = r"\x1b\[[0-9;?]*[A-Za-z]"
 TIMEOUT_S = 20
 
 

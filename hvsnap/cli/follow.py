@@ -11,15 +11,7 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from hvsnap.cli import render
 from hvsnap.cli.client import Client
@@ -86,6 +78,16 @@ def _line(sight: Sight) -> str:
     return f"{safe(sight.title)}: {sight.percent} %{amount}{rate}{eta}"
 
 
+def _amounts(sight: Sight) -> str:
+    """Return bytes, rate and time left as the daemon knows them: it has seen all of it, we may have come late."""
+    if not sight.total_bytes:
+        return ""
+    words = [f"{render.size(sight.done_bytes)} of {render.size(sight.total_bytes)}"]
+    words += [f"{render.size(sight.rate_bytes_s)}/s"] if sight.rate_bytes_s else []
+    words += [f"{render.duration(sight.eta_s)} left"] if sight.eta_s else []
+    return ", ".join(words)
+
+
 class _Plain:
     """A line now and then, on stderr, for logs."""
 
@@ -112,9 +114,7 @@ class _Bars:
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[amounts]}"),
             console=Console(stderr=True),
         )
         self._bars: dict[str, TaskID] = {}
@@ -122,12 +122,12 @@ class _Bars:
 
     def show(self, sights: Sequence[Sight]) -> None:
         for sight in sights:
-            title = escape(safe(sight.title))
+            title, amounts = escape(safe(sight.title)), _amounts(sight)
             if sight.id not in self._bars:
-                self._bars[sight.id] = self._progress.add_task(title, total=None)
+                self._bars[sight.id] = self._progress.add_task(title, total=None, amounts="")
             total = sight.total_bytes or (1 if sight.ended else None)
             done = total if sight.ended and sight.percent == 100 else sight.done_bytes
-            self._progress.update(self._bars[sight.id], description=title, total=total, completed=done)
+            self._progress.update(self._bars[sight.id], description=title, total=total, completed=done, amounts=amounts)
 
     def stop(self) -> None:
         self._progress.stop()

@@ -24,14 +24,14 @@ def watch(session: Session, guest: str) -> int:
     with session.client() as client:
         if guest:
             client.get("/snapshots", wire.SnapshotList, guest=guest, limit=1)  # raises if there is no such guest
-        if sys.stderr.isatty():
-            session.remark("watching; Ctrl-C ends it")
         try:
             for item in client.events(guest):
                 if item.event is not None:
                     show.event(item.event)
                 elif item.progress is not None:
                     show.progress(item.progress)
+                elif sys.stderr.isatty():  # the stream stands
+                    session.remark("watching; Ctrl-C ends it")
         except KeyboardInterrupt:
             return INTERRUPTED
         finally:
