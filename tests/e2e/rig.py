@@ -101,13 +101,15 @@ class Rig:
         self.daemon = daemon
         self.scratch = scratch
         self.settle_timeout_s = 60.0
-        self.disks = [self._disk(number, spec) for number, spec in enumerate(guest.disks)]
         self._connection = libvirt.open(guest.libvirtd.uri)
         self._patterns = 0
+        self.disks = [self._disk(number, spec) for number, spec in enumerate(guest.disks)]
 
     def _disk(self, number: int, spec: DiskSpec) -> TestDisk:
         target = f"{'vd' if spec.bus == 'virtio' else 'sd'}{chr(ord('a') + number)}"
-        return TestDisk(target, spec, Replica(converted(spec.path, spec.format, self.scratch)))
+        disk = TestDisk(target, spec, Replica(np.zeros(0, np.uint8)))
+        self.replace(disk)
+        return disk
 
     # -- operations -------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 
@@ -26,15 +26,14 @@ from tests.guest.libvirtd import Libvirtd
 
 MIB = 1 << 20
 SIZE = 4 * MIB + 512 * 77
-KINDS = ["qcow2"] * 10 + ["template"] * 2 + ["raw"] * 5
 
 
 class Shelf:
     """A guest with many disks: every test takes one that nobody has used."""
 
-    def __init__(self, rig: Rig) -> None:
+    def __init__(self, rig: Rig, kinds: Sequence[str]) -> None:
         self.rig = rig
-        self._free = dict(zip((disk.target for disk in rig.disks), KINDS, strict=True))
+        self._free = dict(zip((disk.target for disk in rig.disks), kinds, strict=True))
 
     def take(self, kind: str) -> TestDisk:
         target = next(target for target, free in self._free.items() if free == kind)
@@ -42,24 +41,54 @@ class Shelf:
         return next(disk for disk in self.rig.disks if disk.target == target)
 
 
-@pytest.fixture(scope="module")
-def shelf(libvirtd: Libvirtd) -> Iterator[Shelf]:
+@contextlib.contextmanager
+def stocked(libvirtd: Libvirtd, **numbers: int) -> Iterator[Shelf]:
+    """Start a guest with so many disks of each kind."""
+    kinds = [kind for kind, number in numbers.items() for _ in range(number)]
     directory = short_directory()
     template = make_template(directory)
     specs = []
-    for number, kind in enumerate(KINDS):
+    for number, kind in enumerate(kinds):
         on = ("-b", str(template), "-F", "qcow2") if kind == "template" else ()
         image_format = "raw" if kind == "raw" else "qcow2"
         path = make_image(directory / f"{number}.{image_format}", str(SIZE), image_format, *on)
         specs.append(DiskSpec(path, image_format))
     guest = Guest(libvirtd, directory, directory.name, specs, agent=False).define()
-    daemon = DoctoredDaemon(directory, libvirtd.uri)
+    daemon = DoctoredDaemon(directory, libvirtd.uri, capture="parallel = 16")
     try:
-        yield Shelf(Rig(guest.start(), daemon.start(), directory))
+        yield Shelf(Rig(guest.start(), daemon.start(), directory), kinds)
     finally:
         guest.remove()
         daemon.stop()
         shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="module")
+def shelf(libvirtd: Libvirtd) -> Iterator[Shelf]:
+    with stocked(libvirtd, qcow2=10, template=2, raw=3) as shelf:
+        yield shelf
+
+
+@pytest.fixture(scope="module")
+def shelf_of_captured(libvirtd: Libvirtd) -> Iterator[Shelf]:
+    """A guest whose disks are full of data, were captured once, and written to since."""
+    with stocked(libvirtd, qcow2=9, raw=4) as shelf:
+        rig = shelf.rig
+        for disk in rig.disks:
+            rig.do(disk, write(0, 40 * BLOCK, 1))
+        rig.capture(rig.disks)
+        for disk in rig.disks:
+            rig.do(disk, write(3 * BLOCK, BLOCK, 2))
+            rig.flush(disk)
+        yield shelf
+
+
+@pytest.fixture
+def off(shelf_of_captured: Shelf) -> Iterator[Shelf]:
+    """The same, with the guest off."""
+    shelf_of_captured.rig.guest.destroy()
+    yield shelf_of_captured
+    shelf_of_captured.rig.guest.destroy()
 
 
 def make_template(directory: Path) -> Path:
@@ -67,24 +96,6 @@ def make_template(directory: Path) -> Path:
     fill = ["qemu-io", "-f", "qcow2", "-c", "write -P 0x55 0 3M", str(template)]
     subprocess.run(fill, check=True, stdout=subprocess.DEVNULL)
     return template
-
-
-@pytest.fixture
-def off(make_rig: Callable[..., Rig], workdir: Path) -> Rig:
-    """Return a guest that was captured once and is off now: a qcow2 and a raw disk, full of data."""
-    specs = [
-        DiskSpec(make_image(workdir / "a.qcow2", str(SIZE))),
-        DiskSpec(make_image(workdir / "b.raw", str(SIZE), "raw"), "raw"),
-    ]
-    rig = make_rig(specs)
-    for disk in rig.disks:
-        rig.do(disk, write(0, 40 * BLOCK, 1))
-    rig.capture(rig.disks)
-    for disk in rig.disks:
-        rig.do(disk, write(3 * BLOCK, BLOCK, 2))
-        rig.flush(disk)
-    rig.guest.destroy()
-    return rig
 
 
 # -- zeroes, instants, layers ---------------------------------------------------------------------
@@ -259,24 +270,24 @@ def captured_offline(rig: Rig, disk: TestDisk, method: str) -> None:
     rig.check_snapshots(disk)
 
 
-def test_offline_writes_through_qemu_are_in_the_bitmap(off: Rig) -> None:
-    disk = off.disks[0]
-    off.do(disk, write(7 * BLOCK + 5, 100, 5), Operation("discard", 20 * BLOCK, 2 * BLOCK))
-    captured_offline(off, disk, "bitmap")
+def test_offline_writes_through_qemu_are_in_the_bitmap(off: Shelf) -> None:
+    rig, disk = off.rig, off.take("qcow2")
+    rig.do(disk, write(7 * BLOCK + 5, 100, 5), Operation("discard", 20 * BLOCK, 2 * BLOCK))
+    captured_offline(rig, disk, "bitmap")
 
 
-def test_offline_replacement_by_another_image_means_a_rescan(off: Rig) -> None:
-    disk = off.disks[0]
-    other = make_image(off.scratch / "other.raw", str(SIZE), "raw")
+def test_offline_replacement_by_another_image_means_a_rescan(off: Shelf) -> None:
+    rig, disk = off.rig, off.take("qcow2")
+    other = make_image(rig.scratch / "other.raw", str(SIZE), "raw")
     other.write_bytes(Random(6).randbytes(SIZE))
     subprocess.run(["qemu-img", "convert", "-O", "qcow2", str(other), str(disk.spec.path)], check=True)
-    off.replace(disk)
-    captured_offline(off, disk, "rescan")
+    rig.replace(disk)
+    captured_offline(rig, disk, "rescan")
 
 
-def test_offline_writes_of_a_program_without_bitmaps_mean_a_rescan(off: Rig) -> None:
+def test_offline_writes_of_a_program_without_bitmaps_mean_a_rescan(off: Shelf) -> None:
     """A program that knows qcow2 but not its bitmaps clears the header's autoclear bits, as the format demands."""
-    disk = off.disks[0]
+    rig, disk = off.rig, off.take("qcow2")
     with disk.spec.path.open("r+b") as image:
         image.seek(88)
         assert int.from_bytes(image.read(8), "big") & 1
@@ -286,44 +297,44 @@ def test_offline_writes_of_a_program_without_bitmaps_mean_a_rescan(off: Rig) -> 
     with disk.spec.path.open("r+b") as image:
         image.seek(int(str(place["offset"])) + 10 * BLOCK)
         image.write(b"\x99" * 1000)
-    off.replace(disk)
-    captured_offline(off, disk, "rescan")
+    rig.replace(disk)
+    captured_offline(rig, disk, "rescan")
 
 
-def test_offline_writes_into_a_raw_file_are_found(off: Rig) -> None:
-    disk = off.disks[1]
+def test_offline_writes_into_a_raw_file_are_found(off: Shelf) -> None:
+    rig, disk = off.rig, off.take("raw")
     with disk.spec.path.open("r+b") as image:
         image.seek(5 * BLOCK + 3)
         image.write(b"\x98" * 5000)
-    off.replace(disk)
-    captured_offline(off, disk, "rescan")
+    rig.replace(disk)
+    captured_offline(rig, disk, "rescan")
 
 
 @pytest.mark.parametrize("when", ["before-the-snapshot", "after-the-snapshot"])
-def test_image_put_back_from_a_copy_is_captured_rightly(off: Rig, when: str) -> None:
+def test_image_put_back_from_a_copy_is_captured_rightly(off: Shelf, when: str) -> None:
     """The copy has the bitmap of its own time: an older one's name is unknown, the present one's content is right."""
-    disk = off.disks[0]
+    rig, disk = off.rig, off.take("qcow2")
     if when == "after-the-snapshot":
-        off.capture([disk])
-        off.do(disk, write(25 * BLOCK, BLOCK, 7))
-    shutil.copyfile(disk.spec.path, off.scratch / "copy")
+        rig.capture([disk])
+        rig.do(disk, write(25 * BLOCK, BLOCK, 7))
+    shutil.copyfile(disk.spec.path, rig.scratch / "copy")
     if when == "before-the-snapshot":
-        off.capture([disk])
-    off.do(disk, write(26 * BLOCK, BLOCK, 8))
-    shutil.copyfile(off.scratch / "copy", disk.spec.path)
-    off.replace(disk)
-    captured_offline(off, disk, "rescan" if when == "before-the-snapshot" else "bitmap")
+        rig.capture([disk])
+    rig.do(disk, write(26 * BLOCK, BLOCK, 8))
+    shutil.copyfile(rig.scratch / "copy", disk.spec.path)
+    rig.replace(disk)
+    captured_offline(rig, disk, "rescan" if when == "before-the-snapshot" else "bitmap")
 
 
-def test_qemu_refuses_to_revert_an_internal_snapshot_behind_the_bitmap(off: Rig) -> None:
+def test_qemu_refuses_to_revert_an_internal_snapshot_behind_the_bitmap(off: Shelf) -> None:
     """Otherwise the disk would change without a trace in the bitmap."""
-    disk = off.disks[0]
+    rig, disk = off.rig, off.take("qcow2")
     subprocess.run(["qemu-img", "snapshot", "-c", "internal", str(disk.spec.path)], check=True)
-    off.do(disk, write(0, 40 * BLOCK, 10))
+    rig.do(disk, write(0, 40 * BLOCK, 10))
     revert = ["qemu-img", "snapshot", "-a", "internal", str(disk.spec.path)]
     refused = subprocess.run(revert, capture_output=True, text=True, check=False)
     assert "dirty bitmaps" in refused.stderr
-    captured_offline(off, disk, "bitmap")
+    captured_offline(rig, disk, "bitmap")
 
 
 # -- formats and sizes ----------------------------------------------------------------------------
@@ -427,30 +438,30 @@ def test_paused_guest_is_captured_and_stays_paused(make_rig: Callable[..., Rig],
     assert rig.guest.domain().state()[0] == libvirt.VIR_DOMAIN_PAUSED
 
 
-@pytest.mark.parametrize("number", [0, 1], ids=["qcow2", "raw"])
-def test_guest_started_while_its_image_is_read_cannot_change_what_is_read(off: Rig, number: int) -> None:
-    disk = off.disks[number]
-    with off.daemon.gate("read") as gate:
-        made = off.daemon.begin(off.guest.name, [disk.target])
+@pytest.mark.parametrize("kind", ["qcow2", "raw"])
+def test_guest_started_while_its_image_is_read_cannot_change_what_is_read(off: Shelf, kind: str) -> None:
+    rig, disk = off.rig, off.take(kind)
+    with rig.daemon.gate("read") as gate:
+        made = rig.daemon.begin(rig.guest.name, [disk.target])
         gate.reached(made[0].id)
-        before = off.present(disk)
+        before = rig.present(disk)
         started = True
         try:
-            off.guest.start()
+            rig.guest.start()
         except libvirt.libvirtError:
             started = False
         if started:
-            off.do(disk, write(0, 40 * BLOCK, 11))
+            rig.do(disk, write(0, 40 * BLOCK, 11))
         gate.open()
-        (ended,) = off.daemon.ended(made)
-        off.daemon.settled()
+        (ended,) = rig.daemon.ended(made)
+        rig.daemon.settled()
     if ended.state == "accomplished":
-        check_same(off.restored(made[0].id), before, "an image at rest")
+        check_same(rig.restored(made[0].id), before, "an image at rest")
     if not started:
-        off.guest.start()
-    off.do(disk, write(BLOCK, 40, 12))
-    off.capture([disk])
-    off.check_snapshots(disk)
+        rig.guest.start()
+    rig.do(disk, write(BLOCK, 40, 12))
+    rig.capture([disk])
+    rig.check_snapshots(disk)
 
 
 def begin_rollback(rig: Rig, disk: TestDisk, snapshot_id: str) -> wire.Task:
@@ -461,45 +472,45 @@ def begin_rollback(rig: Rig, disk: TestDisk, snapshot_id: str) -> wire.Task:
     return answer.task
 
 
-@pytest.mark.parametrize("number", [0, 1], ids=["qcow2", "raw"])
-def test_guest_started_while_a_rollback_looks_at_its_disk_leaves_nothing(off: Rig, number: int) -> None:
+@pytest.mark.parametrize("kind", ["qcow2", "raw"])
+def test_guest_started_while_a_rollback_looks_at_its_disk_leaves_nothing(off: Shelf, kind: str) -> None:
     """It looks which blocks differ, and writes those: what a guest wrote in between would stay."""
-    disk = off.disks[number]
+    rig, disk = off.rig, off.take(kind)
     wanted = next(iter(disk.states))
-    with off.daemon.gate("verify") as gate:
-        task = begin_rollback(off, disk, wanted)
+    with rig.daemon.gate("verify") as gate:
+        task = begin_rollback(rig, disk, wanted)
         gate.reached(wanted)
         with contextlib.suppress(libvirt.libvirtError):
-            off.guest.start()
-            off.do(disk, write(11 * BLOCK, BLOCK, 21))
-            off.flush(disk)
-            off.guest.destroy()
+            rig.guest.start()
+            rig.do(disk, write(11 * BLOCK, BLOCK, 21))
+            rig.flush(disk)
+            rig.guest.destroy()
         gate.open()
-        assert off.daemon.task(task).state == "accomplished"
-    check_same(off.present(disk), disk.states[wanted], "a disk rolled back")
-    off.replace(disk)
-    captured_offline(off, disk, "bitmap" if number == 0 else "rescan")
+        assert rig.daemon.task(task).state == "accomplished"
+    check_same(rig.present(disk), disk.states[wanted], "a disk rolled back")
+    rig.replace(disk)
+    captured_offline(rig, disk, "bitmap" if kind == "qcow2" else "rescan")
 
 
-@pytest.mark.parametrize("number", [0, 1], ids=["qcow2", "raw"])
-def test_guest_that_ran_after_a_rollback_was_cut_off_keeps_what_it_wrote(off: Rig, number: int) -> None:
+@pytest.mark.parametrize("kind", ["qcow2", "raw"])
+def test_guest_that_ran_after_a_rollback_was_cut_off_keeps_what_it_wrote(off: Shelf, kind: str) -> None:
     """The daemon dies when all is written and before the rollback ends; the guest runs; the daemon comes back."""
-    disk = off.disks[number]
+    rig, disk = off.rig, off.take(kind)
     wanted = next(iter(disk.states))
-    with off.daemon.gate("written") as gate:
-        begin_rollback(off, disk, wanted)
+    with rig.daemon.gate("written") as gate:
+        begin_rollback(rig, disk, wanted)
         gate.reached(wanted)
-        off.daemon.kill()
-    check_same(off.present(disk), disk.states[wanted], "a disk rolled back")
-    off.replace(disk)
-    off.guest.start()
-    off.do(disk, write(11 * BLOCK, BLOCK, 22))
-    off.flush(disk)
-    off.guest.destroy()
-    off.daemon.start()
-    off.daemon.settled()
-    off.check_disk(disk, "a disk whose guest ran before its rollback was ended")
-    captured_offline(off, disk, "rescan")
+        rig.daemon.kill()
+    check_same(rig.present(disk), disk.states[wanted], "a disk rolled back")
+    rig.replace(disk)
+    rig.guest.start()
+    rig.do(disk, write(11 * BLOCK, BLOCK, 22))
+    rig.flush(disk)
+    rig.guest.destroy()
+    rig.daemon.start()
+    rig.daemon.settled()
+    rig.check_disk(disk, "a disk whose guest ran before its rollback was ended")
+    captured_offline(rig, disk, "rescan")
 
 
 def test_same_bytes_are_the_same_whoever_reads(shelf: Shelf) -> None:
