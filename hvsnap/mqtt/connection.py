@@ -1,8 +1,8 @@
 """One connection to the broker: opening it, publishing on it, and what its failures mean.
 
 aiomqtt does the work. What this adds is told by the places where it reaches into it (:class:`_Client`): a broker that
-refuses a message says so in its acknowledgement, and one that closes the connection instead of answering should not be
-waited for.
+refuses a message says so in its acknowledgement, one that closes the connection instead of answering should not be
+waited for, and a descriptor that is closed must not be registered with the event loop.
 """
 
 from __future__ import annotations
@@ -105,15 +105,58 @@ class _Client(aiomqtt.Client):
         # May be called in the thread that connects.
         self._loop.call_soon_threadsafe(self._closed_early, reason_code)
         super()._on_disconnect(client, userdata, flags, reason_code, properties)
+        self._look_at_the_end()
 
     def _closed_early(self, reason_code: ReasonCode) -> None:
         if not self._over and not self._connected.done():
             self._connected.set_exception(_ClosedEarly(reason_code))
 
+    # aiomqtt registers the number of a descriptor some time after it was told of it. By then the connection may be
+    # closed, and the number another's: a disk's, for one. So it is looked at when it is registered.
+
+    def _on_socket_open(self, client: PahoClient, userdata: Any, sock: Any) -> None:
+        self._loop.call_soon_threadsafe(self._watch, client, sock)
+
+    def _on_socket_register_write(self, client: PahoClient, userdata: Any, sock: Any) -> None:
+        self._loop.call_soon_threadsafe(self._watch_writable, client, sock)
+
+    def _watch(self, client: PahoClient, sock: socket.socket) -> None:
+        if sock.fileno() >= 0:
+            self._loop.add_reader(sock.fileno(), self._readable, client)
+            self._misc_task = self._loop.create_task(self._misc_loop())
+
+    def _watch_writable(self, client: PahoClient, sock: socket.socket) -> None:
+        if sock.fileno() >= 0:
+            self._loop.add_writer(sock.fileno(), self._writable, client)
+
+    def _readable(self, client: PahoClient) -> None:
+        try:
+            client.loop_read()
+            # What TLS has decrypted already makes no descriptor readable.
+            while isinstance(sock := client.socket(), ssl.SSLSocket) and sock.pending():
+                client.loop_read()
+        except Exception as error:
+            self._broken(error)
+
+    def _writable(self, client: PahoClient) -> None:
+        try:
+            client.loop_write()
+        except Exception as error:
+            self._broken(error)
+
+    def _broken(self, error: Exception) -> None:
+        if not self._disconnected.done():
+            self._disconnected.set_exception(error)
+            self._look_at_the_end()
+
+    def _look_at_the_end(self) -> None:
+        """Whoever waits for the end of the connection gets its error; that nobody does is none."""
+        if self._disconnected.done() and not self._disconnected.cancelled():
+            self._disconnected.exception()
+
     def cut(self) -> None:
         """Close the connection without a word, so that the broker publishes the will."""
         self._over = True
-        self._disconnected.add_done_callback(_retrieve)
         connected = self._client.socket()
         if isinstance(connected, socket.socket):
             # The reader then sees the end and cleans up; closing it here would leave the loop with a dead descriptor.
@@ -129,11 +172,6 @@ class _Client(aiomqtt.Client):
 
 class _ClosedEarly(aiomqtt.MqttCodeError):
     """The broker closed the connection in place of an answer."""
-
-
-def _retrieve(future: asyncio.Future[None]) -> None:
-    if not future.cancelled():
-        future.exception()
 
 
 class Connection:

@@ -1,7 +1,8 @@
 """The way of the events: from the catalog to the broker, in order, each until the broker has taken it.
 
 One event is under way at a time. What a subscriber sees thus never runs ahead of an event that is still to come; after
-a lost connection it may see the last event once more, and after a crash of the daemon the last :data:`BATCH`.
+a lost connection it may see the last event once more, and after a crash of the daemon the last :data:`BATCH`. An end in
+good order repeats none: the event that is under way then is waited for.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Outbox:
         self._woken = asyncio.Event()
         self._taken = 0
         self._noted = 0
+        self._sending: tuple[Event, asyncio.Task[None]] | None = None
         self.pending = 0
 
     def wake(self) -> None:
@@ -61,17 +63,38 @@ class Outbox:
             await self._woken.wait()
 
     async def empty(self, connection: Connection) -> None:
-        """Publish all that is there. Raises :class:`BrokerFailed`, and what the catalog raises."""
+        """Publish all that is there. Raises :class:`BrokerFailed`, and what the catalog raises.
+
+        Cancelled, it may be called again on the same connection, and goes on with the event that was under way.
+        """
+        await self._sent()
         await self._note()
         while events := await self._catalog.unpublished(BATCH):
             try:
                 for event in events:
-                    await connection.publish(self._topic, self._message(event))
-                    self._taken = event.sequence
-                    self._told(event)
+                    sending = asyncio.create_task(connection.publish(self._topic, self._message(event)))
+                    sending.add_done_callback(_looked_at)
+                    self._sending = event, sending
+                    await self._sent()
             finally:
                 await self._note()
         await self.count()
+
+    def give_up(self) -> None:
+        """Forget what is under way: its connection is no more."""
+        if self._sending is not None:
+            self._sending[1].cancel()
+            self._sending = None
+
+    async def _sent(self) -> None:
+        """Wait until the broker has taken the event that is under way, if one is."""
+        if self._sending is None:
+            return
+        event, sending = self._sending
+        await asyncio.shield(sending)
+        self._sending = None
+        self._taken = event.sequence
+        self._told(event)
 
     async def _note(self) -> None:
         """Note in the catalog what the broker has taken."""
@@ -90,3 +113,8 @@ class Outbox:
             type=event.type,
             payload=event.payload,
         ).to_json()
+
+
+def _looked_at(sending: asyncio.Task[None]) -> None:
+    if not sending.cancelled():
+        sending.exception()  # the one who waited for it has it, if one did

@@ -138,6 +138,7 @@ class MqttPublisher:
             raise
         finally:
             self._connected = False
+            self._outbox.give_up()
             # Without a goodbye unless there was one: the broker is to tell that we are gone.
             connection.cut()
 
