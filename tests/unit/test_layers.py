@@ -52,6 +52,7 @@ PURE = {
     "store.pack",
     "store.repository",
     "upkeep.plan",
+    "upkeep.plan",
 }
 """They decide, and touch nothing: no event loop, no file, no process (:data:`DOERS`)."""
 
