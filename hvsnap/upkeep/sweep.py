@@ -134,9 +134,9 @@ class Sweeper:
                 return
             await self._step("drop")
             async for dead in dead_blocks(self._catalog, live):
+                await self._may_remove("dropping")
                 async with self._store.intake.nobody_deciding():
                     doomed = dead.ids[~guard.ids.has(dead.ids)]
-                    await self._may_remove("dropping")
                     result.freed_bytes += await self._catalog.upkeep.drop(doomed)
                     result.dropped_blocks += doomed.size
 
