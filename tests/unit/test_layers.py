@@ -52,7 +52,6 @@ PURE = {
     "store.pack",
     "store.repository",
     "upkeep.plan",
-    "upkeep.plan",
 }
 """They decide, and touch nothing: no event loop, no file, no process (:data:`DOERS`)."""
 
@@ -62,7 +61,6 @@ ROOMS = {
     "catalog": Layer.ADAPTER,
     "capture": Layer.USE_CASE,
     "restore": Layer.USE_CASE,
-    "upkeep": Layer.USE_CASE,
     "upkeep": Layer.USE_CASE,
     "service": Layer.SERVICE,
     "mqtt": Layer.ENTRANCE,
