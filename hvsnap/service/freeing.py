@@ -103,8 +103,8 @@ async def stored_bytes(catalog: Catalog, ids: UInt64Array) -> int:
     """Return what the store holds for these blocks, in bytes."""
     total = 0
     for start in range(0, ids.size, LOOKUP_BLOCKS):
-        places = await catalog.places(ids[start : start + LOOKUP_BLOCKS].tolist())
-        total += sum(place.length for place in places)
+        entries = await catalog.blocks.entries(ids[start : start + LOOKUP_BLOCKS])
+        total += int(entries["length"].sum(dtype=np.int64))
     return total
 
 
