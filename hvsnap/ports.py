@@ -198,12 +198,17 @@ class NbdExport:
 
     ``bitmap`` names the dirty bitmap that is exported with it, ``name`` the export where a socket has several. With
     ``give_back``, blocks that nobody will read (any more) are discarded: whoever holds the instant need not keep them.
+
+    For servers that err on what lies on both sides of a border, no read spans one of ``piece_bytes`` (0: it may), and
+    what the export named ``also`` shows as data, asked after this one, is data, too, whatever this one says of it.
     """
 
     socket: str
     bitmap: str | None = None
     name: str = ""
     give_back: bool = False
+    piece_bytes: int = 0
+    also: str = ""
 
     @property
     def bitmap_context(self) -> str | None:

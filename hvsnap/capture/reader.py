@@ -106,6 +106,15 @@ def _blocks_touched(
 
 def scan(export: NbdExport, block_size: int) -> DiskMap:
     """Return the map of a frozen disk. Blocking: call it in a thread. Raises :class:`ReadFailed`."""
+    found = _scan(export, block_size)
+    if export.also:
+        more = _scan(NbdExport(export.socket, name=export.also), block_size)
+        for page in range(min(found.data.pages, more.data.pages)):
+            found.data.add_page(page, more.data.page(page))
+    return found
+
+
+def _scan(export: NbdExport, block_size: int) -> DiskMap:
     contexts = [ALLOCATION] + ([export.bitmap_context] if export.bitmap_context else [])
     try:
         with connected(export, contexts) as handle:
@@ -239,7 +248,10 @@ class ChunkStream:
             at = position * size
             # The last block of a disk may be short; its rest reads as zeroes in every snapshot.
             buffer[at + length : at + blocks * size] = bytes(blocks * size - length)
-            pending.append(handle.aio_pread(buffer[at : at + length], offset))
+            piece = self._export.piece_bytes or length
+            for start in range(0, length, piece):
+                end = min(length, start + piece)
+                pending.append(handle.aio_pread(buffer[at + start : at + end], offset + start))
         _complete(handle, pending)
         if self._export.give_back:
             _complete(handle, list(self._give_back(handle, group)))

@@ -239,10 +239,20 @@ class QmpHypervisor:
     # -- the guest itself -------------------------------------------------------------------------
 
     async def freeze(self, uuid: GuestUuid, timeout_s: float) -> int:
-        """Freeze file systems through the agent, and return how many were."""
+        """Freeze file systems through the agent, and return how many were.
+
+        Raises :class:`AgentMissing` where nobody is there to be asked: QEMU knows that, without a time-out.
+        """
         if self._agent is None:
             why = f"guest {self.name} has no agent socket in the configuration"
             raise AgentMissing(why, hint=f"name it: hypervisor.qmp.{self.name}.agent")
+        status = await self._connection.execute("query-status")
+        if not status["running"]:
+            raise AgentMissing(f"the guest's file systems cannot be frozen: it is {status['status']}")
+        for device in await self._connection.execute("query-chardev"):
+            # Whether anybody in the guest has opened the other end of the agent's port.
+            if f"unix:{self._guest.agent}," in f"{device['filename']}," and not device["frontend-open"]:
+                raise AgentMissing("the guest's file systems cannot be frozen: no guest agent is running in it")
         return await self._agent.freeze(timeout_s)
 
     async def thaw(self, uuid: GuestUuid, timeout_s: float) -> None:

@@ -23,7 +23,7 @@ import os
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hvsnap.errors import ForeignJob, HypervisorFailed, HypervisorUnreachable, Refused
@@ -41,10 +41,17 @@ QEMU_IOTHREAD_MIN = (9, 0)
 """Before it a QEMU with the fix of CVE-2024-7409 aborts when a client of its NBD server disconnects from a disk with an
 I/O thread (``nbd_blockdev_client_closed: Assertion qemu_in_main_thread()``): measured on 7.2.22."""
 
+QEMU_BORDERS_MIN = (9, 0)
+"""Before it, reads and block status that begin in a copied cluster and end beyond it are answered from the guest's
+present data (``hbitmap_status`` returns the opposite of what it found): measured on 7.2.22, not there in 10.0. Single
+clusters are answered right, and so is everything that the scratch image itself says of what was copied to it."""
+
 CBW_TIMEOUT_S = 4
 """A guest's write waits for its copy this long before the snapshot is given up; QEMU 7.2 overflows above 4."""
 
 GRANULARITY = 65536
+"""What the filter copies at once, the scratch image's cluster, and the granularity of bitmaps."""
+
 RELEASE_S = 10.0
 POLL_S = 0.02
 SOCKETS_BACKLOG = 16
@@ -60,6 +67,11 @@ class Names:
     def export(self) -> str:
         """The export's id and name."""
         return f"{OURS}{self.snapshot}"
+
+    @property
+    def copied(self) -> str:
+        """Id and name of the export of the scratch image, for the QEMUs that need it."""
+        return f"{OURS}{self.snapshot}-copied"
 
     @property
     def switch(self) -> str:
@@ -143,7 +155,7 @@ class QmpFleecer:
         """Remove what there is of these fleeces, whatever was interrupted: the present is looked at, not remembered."""
         async with self._changing:
             names = [Names(disk.snapshot) for disk in disks]
-            await self._unexport({name.export for name in names})
+            await self._unexport({export for name in names for export in (name.export, name.copied)})
             self._exporting -= {disk.snapshot for disk in disks}
             await self._stop_server()
             for name in names:
@@ -229,7 +241,12 @@ class QmpFleecer:
         # Writable for the sake of discards alone: snapshot-access takes no writes.
         export = {"type": "nbd", "id": names.export, "name": names.export, "node-name": names.access, "writable": True}
         await self._connection.execute("block-export-add", **export, bitmaps=bitmaps)
-        return NbdExport(self._socket, order.old, names.export, give_back=True)
+        shown = NbdExport(self._socket, order.old, names.export, give_back=True)
+        if await self._look.version() >= QEMU_BORDERS_MIN:
+            return shown
+        copied = {"type": "nbd", "id": names.copied, "name": names.copied, "node-name": names.scratch}
+        await self._connection.execute("block-export-add", **copied)
+        return replace(shown, piece_bytes=GRANULARITY, also=names.copied)
 
     async def _unexport(self, exports: set[str]) -> None:
         """Remove exports, and return when they are gone."""
