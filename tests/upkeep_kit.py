@@ -122,6 +122,12 @@ class House:
             catalog._db._commit = fused  # type: ignore[method-assign]
         return cls(catalog, await open_store(objects, catalog), objects)
 
+    async def restart(self, state_dir: Path) -> None:
+        """Close both and open them again, as the next daemon does."""
+        await self.close()
+        again = await House.open(state_dir, self.objects)
+        self.catalog, self.store, self.sweeper = again.catalog, again.store, again.sweeper
+
     async def close(self) -> None:
         await self.store.close()
         await self.catalog.close()

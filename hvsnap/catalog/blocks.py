@@ -32,6 +32,10 @@ RANGES_AT_ONCE = 64
 """Ranges that are read together, 1.7 MiB."""
 
 
+CHECKED_AT_ONCE = 64 * 1024
+"""Blocks that are looked for together, 3 MiB."""
+
+
 class Blocks:
     """Finds and adds blocks, once :meth:`load` has read what is kept in memory."""
 
@@ -95,6 +99,22 @@ class Blocks:
     async def places(self, ids: Sequence[int]) -> list[BlockPlace]:
         """Return where blocks lie, in the order asked for; an unknown id is :class:`Damaged`."""
         return self._as_places(ids, await self.entries(np.array(ids, np.uint64)))
+
+    async def present_places(self, ids: Sequence[int]) -> list[BlockPlace]:
+        """Return where those of these blocks lie that are there, ascending by id."""
+        distinct = np.unique(np.array(ids, np.uint64))
+        found, present = await self._lookup(distinct)
+        return self._as_places(distinct[present].tolist(), found[present])
+
+    async def missing(self, ids: UInt64Array) -> UInt64Array:
+        """Return those of these ids, ascending, that are not there; 0 is none of them."""
+        distinct = np.unique(ids[ids != 0])
+        missing: list[UInt64Array] = [np.zeros(0, np.uint64)]
+        for start in range(0, distinct.size, CHECKED_AT_ONCE):
+            part = distinct[start : start + CHECKED_AT_ONCE]
+            _found, present = await self._lookup(part)
+            missing.append(part[~present])
+        return np.concatenate(missing)
 
     async def digests(self, ids: UInt64Array) -> npt.NDArray[np.uint8]:
         """Return the digests of blocks, ``uint8[n, 32]``, in the order asked for; an unknown id is :class:`Damaged`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from hvsnap.catalog.catalog import Catalog
 from hvsnap.catalog.chain import Page
 from hvsnap.model import ZERO_BLOCK, Snapshot, SnapshotId, State
 from hvsnap.ports import UInt64Array
+from hvsnap.upkeep.affected import side_by_side
 
 Counts = npt.NDArray[np.uint32]
 """How many entries refer to each block, by block id: ``uint32[highest id + 1]``."""
@@ -129,25 +130,8 @@ async def freed_bytes(catalog: Catalog, doomed: Sequence[SnapshotId], parents: P
         return 0
     near = {name: parent for name, parent in parents.items() if name in holding or parent in holding}
     changes: deque[Change] = deque()
-    async for pages in _side_by_side(catalog, list(near)):
+    async for pages in side_by_side(catalog, list(near)):
         if any(name in pages for name in holding):
             changes.append(delete_from_page(pages, dict(near), holding))
     free = await asyncio.to_thread(freed_blocks, counts, changes)
     return await stored_bytes(catalog, free)
-
-
-async def _side_by_side(catalog: Catalog, names: Sequence[SnapshotId]) -> AsyncIterator[dict[SnapshotId, Page]]:
-    """Yield the entries of several snapshots for one page after the other: a row of pages in memory at a time."""
-    streams = {name: aiter(catalog.own_pages(name)) for name in names}
-    heads = {name: await anext(stream, None) for name, stream in streams.items()}
-    while True:
-        numbers = [head[0] for head in heads.values() if head is not None]
-        if not numbers:
-            return
-        number = min(numbers)
-        row: dict[SnapshotId, Page] = {}
-        for name, head in heads.items():
-            if head is not None and head[0] == number:
-                row[name] = head[1]
-                heads[name] = await anext(streams[name], None)
-        yield row

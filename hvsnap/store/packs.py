@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-from hvsnap.errors import Damaged
+from hvsnap.errors import Damaged, NotFound
 from hvsnap.ports import ObjectInfo, ObjectStore
 from hvsnap.store.pack import (
     FOOTER_BYTES,
@@ -31,6 +31,13 @@ class Packs:
     def list(self) -> AsyncIterator[ObjectInfo]:
         """Yield names and sizes of all packs, also of those that no index knows."""
         return self._objects.list(PACKS)
+
+    async def size(self, name: str) -> int | None:
+        """Return a pack's size in bytes; None if there is none."""
+        try:
+            return await self._objects.size(name)
+        except NotFound:
+            return None
 
     async def delete(self, name: str) -> None:
         """Remove a pack; one that is not there is no error."""

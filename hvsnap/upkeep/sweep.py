@@ -22,11 +22,11 @@ import numpy as np
 
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import Damaged, StoreBusy
-from hvsnap.model import BlockPlace, Pack
+from hvsnap.model import BlockPlace, Pack, SnapshotId
 from hvsnap.ports import Clock
 from hvsnap.store.blocks import PackedBlocks
 from hvsnap.upkeep.live import dead_blocks, mark
-from hvsnap.upkeep.manifests import make_plan, reconcile
+from hvsnap.upkeep.manifests import make_plan, reconcile, write
 from hvsnap.upkeep.plan import Fate, PackPlan, plan_pack, plan_packs
 
 log = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ class Sweeper:
                 case Fate.KEEP:
                     await self._catalog.upkeep.swept(pack)
         for start in range(0, len(to_rewrite), REWRITTEN_AT_ONCE):
-            result.rewritten_packs += await self.rewrite(to_rewrite[start : start + REWRITTEN_AT_ONCE])
+            result.rewritten_packs += await self._rewrite(to_rewrite[start : start + REWRITTEN_AT_ONCE])
 
     async def _punch(self, pack: Pack) -> bool:
         try:
@@ -181,6 +181,16 @@ class Sweeper:
         await self._catalog.upkeep.forget_pack(pack.number)
 
     async def rewrite(self, packs: Sequence[Pack]) -> int:
+        """Move the live blocks of packs into new ones, between two sweeps; see :meth:`_rewrite`."""
+        async with self._turn:
+            return await self._rewrite(packs)
+
+    async def write_manifest(self, snapshot: SnapshotId) -> None:
+        """Write a manifest anew, between two sweeps. Raises :class:`SnapshotUnknown`."""
+        async with self._turn:
+            await write(self._catalog, self._store, snapshot)
+
+    async def _rewrite(self, packs: Sequence[Pack]) -> int:
         """Move the live blocks of packs into new ones and delete them; return how many were.
 
         A pack with a damaged block stays: what is left of it may be of use to somebody.
