@@ -85,6 +85,8 @@ class QmpHypervisor:
 
     def _event(self, name: str, data: dict[str, Any]) -> None:
         self._redirect.event(name, data)
+        if name == "DEVICE_DELETED":
+            self._look.forget_devices()
         if name in ("SHUTDOWN", "RESET", "DEVICE_DELETED", "STOP", "RESUME"):
             self._on_change()
 

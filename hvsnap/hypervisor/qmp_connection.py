@@ -62,6 +62,9 @@ class QmpConnection:
         self._connecting = asyncio.Lock()
         self._lost = asyncio.Event()
         self._deaf_until = 0.0
+        self.number = 0
+        """Counts connections: another number may be another QEMU."""
+
         self.directory = ""
         """QEMU's own directory, where relative paths of images start; empty where it cannot be told."""
 
@@ -94,6 +97,7 @@ class QmpConnection:
             except OSError as error:
                 raise self._refused(error) from error
             self._client = client
+            self.number += 1
             self._lost.clear()
             self._watcher = asyncio.create_task(self._watch(client), name=f"qmp-{self.guest}")
         self._on_change()
