@@ -1,0 +1,96 @@
+"""How things look: pure functions."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+from pydantic import BaseModel
+
+from hvsnap import wire
+from hvsnap.cli import render
+from hvsnap.cli.client import body, place
+from hvsnap.cli.snapshots import parse_tags
+from hvsnap.cli.text import one_line, safe
+from hvsnap.errors import BadRequest
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"),
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1536, "1.5 KiB"),
+        (150 * 1024, "150 KiB"),
+        (2**40, "1.0 TiB"),
+        (2**60, "1024 PiB"),
+    ],
+)
+def test_sizes(value: float | None, text: str) -> None:
+    assert render.size(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "-"), (0.4, "0 s"), (59, "59 s"), (61, "1:01 min"), (3600, "1:00 h"), (7500, "2:05 h")],
+)
+def test_durations(seconds: float | None, text: str) -> None:
+    assert render.duration(seconds) == text
+
+
+def test_a_table_is_aligned_whatever_the_script() -> None:
+    text = render.table(("A", "B"), [("漢字", "1"), ("é", "2"), ("e\u0301", "3"), ("abcd", "4")])
+    lines = text.splitlines()
+    assert lines == ["A      B", "漢字   1", "é      2", "e\u0301      3", "abcd   4"]
+    assert render.table(("A", "B"), [], headers=False) == ""
+    assert render.table(("A", "B"), [("x", "")], headers=False) == "x"
+
+
+@pytest.mark.parametrize(
+    "evil", ["\x1b[31m", "\x07", "\x9b31m", "\u202e", "\u2066", "\r", "\n", "\x00", "\x7f", "\u200b"]
+)
+def test_nothing_that_a_terminal_obeys_gets_through(evil: str) -> None:
+    assert evil[0] not in safe(f"a{evil}b")
+    assert evil[0] not in one_line(f"a{evil}b")
+    assert evil[0] not in render.fields([("Name", f"a{evil}b")])
+    assert evil[0] not in render.table(("A",), [(f"a{evil}b",)], headers=False)
+
+
+def test_what_people_write_is_left_alone() -> None:
+    for text in ("before upgrade", "машина", "漢字", "é", "🙂"):
+        assert safe(text) == text
+
+
+def test_an_event_is_one_line_in_a_fixed_order() -> None:
+    event = wire.Event(
+        sequence=1,
+        id="x",
+        type="snapshot.failed",
+        at=datetime(2026, 5, 1, tzinfo=UTC),
+        payload={"error": "full\n\x1b", "snapshot": "s-a", "guest": "web01", "other": "not shown", "name": ""},
+    )
+    assert render.event(event).endswith("snapshot.failed guest=web01 snapshot=s-a error=full\\x0a\\x1b")
+
+
+def test_a_user_s_word_stays_one_part_of_a_path() -> None:
+    assert place("snapshots", "s-a", "cancel") == "/snapshots/s-a/cancel"
+    assert place("chains", "/images/a b.qcow2") == "/chains/%2Fimages%2Fa%20b%2Eqcow2"
+    assert place("snapshots", "..") == "/snapshots/%2E%2E"
+    assert place("snapshots", "a?b#c%2e") == "/snapshots/a%3Fb%23c%252e"
+    for wrong in ("", "x" * 4097):
+        with pytest.raises(BadRequest):
+            place("snapshots", wrong)
+
+
+def test_a_request_that_cannot_be_is_wrong_usage() -> None:
+    assert body(wire.DiskCreate, snapshot="s-a", path="/x").format == "qcow2"
+    for kind, fields in [(wire.DiskCreate, {"snapshot": "s-a", "path": 7}), (wire.SnapshotDelete, {"ids": []})]:
+        model: type[BaseModel] = kind
+        with pytest.raises(BadRequest):
+            body(model, **fields)
+
+
+def test_tags_are_pairs() -> None:
+    assert parse_tags(["a=1", "b=x=y", "c="]) == {"a": "1", "b": "x=y", "c": ""}
