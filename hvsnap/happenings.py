@@ -26,6 +26,9 @@ class EventType(StrEnum):
     DISK_ATTACHED = "disk.attached"
     GUEST_ATTACHED = "guest.attached"
     GUEST_LOST = "guest.lost"
+    VERIFICATION_FAILED = "verification.failed"
+    STORE_INCOMPLETE = "store.incomplete"
+    STORE_NEARLY_FULL = "store.nearly-full"
     DAEMON_ONLINE = "daemon.online"
     DAEMON_OFFLINE = "daemon.offline"
 

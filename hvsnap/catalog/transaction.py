@@ -7,7 +7,7 @@ import uuid
 from typing import Any
 
 from hvsnap.catalog import chain, deletion, rows
-from hvsnap.catalog.chain import Page
+from hvsnap.catalog.chain import IndexArray, Page
 from hvsnap.catalog.db import Cursor
 from hvsnap.errors import DiskUnknown, NotFound, SnapshotUnknown
 from hvsnap.model import Disk, DiskId, Event, GuestUuid, Operation, OperationId, Snapshot, SnapshotId, new_id
@@ -79,6 +79,13 @@ class Transaction:
         the next capture. Raises :class:`SnapshotInUse` while it, or a snapshot that builds on it, is being made.
         """
         await deletion.delete(self._cursor, snapshot_id)
+
+    async def add_carry(self, disk: DiskId, page: int, index: IndexArray) -> None:
+        """Let the next capture of a disk read blocks of one page although no bitmap names them."""
+        found = await self._cursor.read("SELECT indexes FROM carry WHERE disk = ? AND page = ?", (disk, page))
+        known = chain.decode_indexes(found[0][0]) if found else chain.EMPTY.index
+        joined = chain.encode_indexes(chain.join_indexes(known, index))
+        await self._cursor.execute("INSERT OR REPLACE INTO carry VALUES (?, ?, ?)", (disk, page, joined))
 
     async def clear_carry(self, disk: DiskId) -> None:
         """Forget them: a capture has read them, or the disk was rolled back."""

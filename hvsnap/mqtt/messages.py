@@ -189,6 +189,28 @@ class RollbackFailedPayload(RollbackPayload):
     error: str
 
 
+class VerificationPayload(BaseModel):
+    """What was read again, and is not what was stored."""
+
+    snapshots: list[str] = Field(description="that do not restore as long as that is so; at most 100")
+    blocks: int = Field(ge=0, description="damaged ones, of all that were read")
+    detail: str = Field(description="the first reason")
+
+
+class IncompletePayload(BaseModel):
+    """What the catalog knows and the store does not hold: a part of it was lost, or an older copy put back."""
+
+    missing: list[str] = Field(description="packs and manifests; at most 100")
+    count: int = Field(ge=1)
+
+
+class SpacePayload(BaseModel):
+    """The device of the store."""
+
+    free_bytes: int = Field(ge=0)
+    total_bytes: int = Field(ge=0)
+
+
 class DaemonPayload(BaseModel):
     """The daemon itself."""
 
@@ -258,6 +280,27 @@ class GuestEvent(EventMessage):
     payload: GuestPayload
 
 
+class VerificationEvent(EventMessage):
+    """A verification has found damage that was not known before."""
+
+    type: Literal[EventType.VERIFICATION_FAILED]
+    payload: VerificationPayload
+
+
+class StoreIncompleteEvent(EventMessage):
+    """The store is older than the catalog, or lacks something."""
+
+    type: Literal[EventType.STORE_INCOMPLETE]
+    payload: IncompletePayload
+
+
+class StoreNearlyFullEvent(EventMessage):
+    """The store's device is nearly full."""
+
+    type: Literal[EventType.STORE_NEARLY_FULL]
+    payload: SpacePayload
+
+
 class DaemonEvent(EventMessage):
     """The daemon is at work, or ends."""
 
@@ -273,6 +316,9 @@ AnyEvent = Annotated[
     | RollbackFailedEvent
     | DiskEvent
     | GuestEvent
+    | VerificationEvent
+    | StoreIncompleteEvent
+    | StoreNearlyFullEvent
     | DaemonEvent,
     Field(discriminator="type"),
 ]

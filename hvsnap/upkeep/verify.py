@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -174,8 +174,22 @@ class Verifier:
                 await self._sweeper.write_manifest(row.id)
 
     async def _told(self, result: Verified) -> Verified:
-        result.affected = await affected(self._catalog, IdSet(result.damaged))
+        damaged = IdSet(result.damaged)
+        result.affected = await affected(self._catalog, damaged)
+        await read_again(self._catalog, damaged, result.affected)
         return result
+
+
+async def read_again(catalog: Catalog, damaged: IdSet, snapshots: Collection[SnapshotId]) -> None:
+    """Let the next captures read the damaged blocks of their disks' heads: what did not change since, heals them."""
+    for disk in await catalog.disks():
+        if disk.head not in snapshots or disk.head is None:
+            continue
+        async for page, view in catalog.views(disk.head):
+            index = np.flatnonzero(damaged.has(view)).astype(np.uint16)
+            if index.size:
+                async with catalog.write() as tx:
+                    await tx.add_carry(disk.id, page, index)
 
 
 async def damaged_snapshots(catalog: Catalog) -> dict[SnapshotId, int]:
