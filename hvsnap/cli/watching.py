@@ -74,7 +74,8 @@ class _Lines:
             sys.stdout.flush()
             return
         now = time.monotonic()
-        if now - self._said.get(progress.id, -LINE_INTERVAL_S) >= LINE_INTERVAL_S:
+        # What is quickly done is told by its events alone.
+        if now - self._said.setdefault(progress.id, now) >= LINE_INTERVAL_S:
             self._said = {name: at for name, at in self._said.items() if now - at < FORGOTTEN_S} | {progress.id: now}
             say(text)
 

@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from hvsnap import wire
-from hvsnap.cli import render
+from hvsnap.cli import render, watching
 from hvsnap.cli.client import body, place
 from hvsnap.cli.snapshots import parse_tags
 from hvsnap.cli.text import one_line, safe
@@ -94,3 +94,19 @@ def test_a_request_that_cannot_be_is_wrong_usage() -> None:
 
 def test_tags_are_pairs() -> None:
     assert parse_tags(["a=1", "b=x=y", "c="]) == {"a": "1", "b": "x=y", "c": ""}
+
+
+def test_watch_off_a_terminal_tells_progress_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = [100.0]
+    monkeypatch.setattr(watching.time, "monotonic", lambda: at[0])
+    lines = watching._Lines(quiet=False)
+    for second in range(13):
+        at[0] = 100.0 + second
+        for name in ("s-a", "s-b"):
+            lines.progress(
+                wire.Progress(id=name, progress=second, done_bytes=second, total_bytes=100, rate_bytes_s=0, eta_s=None)
+            )
+    out = capsys.readouterr().out.splitlines()
+    assert out == [f"{name}: {percent} % of 100 B" for percent in (5, 10) for name in ("s-a", "s-b")]
