@@ -360,7 +360,12 @@ def doctor(session: Session) -> int:
 def recover(
     session: Session,
     image: Annotated[
-        str, typer.Option(help="Only what concerns this image, so that its guest may be started; give it way.")
+        str,
+        typer.Option(
+            metavar="PATH",
+            show_default=False,
+            help="Only what concerns this image, so that its guest may be started; give it way.",
+        ),
     ] = "",
 ) -> int:
     """Finish or undo what a crash left open.
