@@ -28,6 +28,11 @@ class Shell:
         while b"hvsnap-guest-ready" not in seen:
             seen += self._receive(deadline)
 
+    def reconnect(self) -> None:
+        """Return when the shell answers of a guest that somebody else has started anew."""
+        self._disconnect()
+        self.wait_ready()
+
     def run(self, command: str, timeout_s: float = 120.0) -> str:
         """Run a shell command in the guest and return its output; a failing one raises with it."""
         mark = secrets.token_hex(8)
