@@ -48,6 +48,7 @@ def create_app(service: Service) -> FastAPI:
     )
     app.include_router(_snapshots(service), prefix=wire.API, tags=["snapshots"])
     app.include_router(_disks(service), prefix=wire.API, tags=["disks"])
+    app.include_router(_store(service), prefix=wire.API, tags=["store"])
     app.include_router(_daemon(service), prefix=wire.API, tags=["daemon"])
     app.add_exception_handler(HvsnapError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -150,6 +151,28 @@ def _disks(service: Service) -> APIRouter:
     @router.post("/tasks/{id}/cancel", status_code=202)
     async def cancel_task(id: Id) -> wire.Task:
         return views.task(service.tasks.cancel(id))
+
+    return router
+
+
+def _store(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/store")
+    async def get_store() -> wire.StoreInfo:
+        return await service.store.info()
+
+    @router.post("/store/check", status_code=202)
+    async def check_store() -> wire.Task:
+        return views.task(service.store.check())
+
+    @router.post("/store/compact", status_code=202)
+    async def compact_store(body: wire.StoreCompact) -> wire.Task:
+        return views.task(service.store.compact(dry_run=body.dry_run))
+
+    @router.post("/snapshots/verify", status_code=202)
+    async def verify_snapshots(body: wire.SnapshotVerify) -> wire.Task:
+        return views.task(await service.store.verify(body.ids, everything=body.all))
 
     return router
 

@@ -43,11 +43,13 @@ from hvsnap.service.disks import Disks
 from hvsnap.service.doctor import Doctor, places
 from hvsnap.service.feed import Feed, newest_sequence
 from hvsnap.service.guests import Guests
+from hvsnap.service.housekeeping import Housekeeping, VerifySettings
 from hvsnap.service.inventory import Inventory
 from hvsnap.service.recovery import Recovery, RestoreRecovery
 from hvsnap.service.service import Service
 from hvsnap.service.snapshots import Snapshots
 from hvsnap.service.status import StatusBoard
+from hvsnap.service.store import Store
 from hvsnap.service.tasks import Tasks
 from hvsnap.service.uses import Uses
 from hvsnap.store.blocks import PackedBlocks, open_store
@@ -60,10 +62,6 @@ SHUTDOWN_S = 25.0
 """Open captures get this long to bring their guests back; the rest of the end needs a few seconds more."""
 
 CLOSE_S = 5.0
-EVENTS_KEPT = 50_000
-"""Events that are remembered once they are published: some weeks of a busy host, 20 MiB."""
-
-TRIM_S = 600.0
 
 
 class SystemClock:
@@ -102,6 +100,7 @@ class House:
     attendance: Attendance
     captures: Captures
     restores: RestoreRecovery
+    housekeeping: Housekeeping
     service: Service
     mqtt: MqttPublisher | None
 
@@ -173,6 +172,15 @@ async def _furnish(
     if mqtt is not None:
         announcer.listeners.append(mqtt)
     mqtt_status = _no_mqtt if mqtt is None else mqtt.status
+    housekeeping = Housekeeping(
+        catalog,
+        store,
+        clock,
+        lambda: lease.certain,
+        VerifySettings(settings.store.verify_days, settings.store.verify_bytes_per_s),
+        settings.store.path,
+    )
+    catalog.on_event.append(housekeeping.listen)
     service = Service(
         guests=guests,
         snapshots=snapshots,
@@ -191,6 +199,9 @@ async def _furnish(
             snapshots_max=limit,
             own_directories=own,
         ),
+        store=Store(
+            catalog, store, snapshots, tasks, housekeeping, url=settings.store.url, directory=settings.store.path
+        ),
         tasks=tasks,
         doctor=Doctor(
             places(settings),
@@ -206,7 +217,7 @@ async def _furnish(
         status=StatusBoard(settings.host_id, hypervisor, catalog, captures, tasks, mqtt_status, clock),
         feed=feed,
     )
-    return House(settings, catalog, lease, hypervisor, attendance, captures, restores, service, mqtt)
+    return House(settings, catalog, lease, hypervisor, attendance, captures, restores, housekeeping, service, mqtt)
 
 
 def members(settings: Settings, catalog: Catalog, on_change: Callable[..., None], private: str) -> list[Member]:
@@ -312,8 +323,8 @@ async def serve(settings: Settings, stop: asyncio.Event, ready: Callable[[], Non
             asyncio.create_task(house.restores.recover_loop(), name="recover-restores"),
             asyncio.create_task(house.attendance.run(), name="attendance"),
             asyncio.create_task(house.hypervisor.run(), name="hypervisors"),
-            asyncio.create_task(_trim_events(house.catalog), name="trim-events"),
             asyncio.create_task(house.lease.keep(), name="lease"),
+            asyncio.create_task(house.housekeeping.run(), name="housekeeping"),
         ]
         # Not among the loops, which end first: the broker is told of what the end brings.
         mqtt = [] if house.mqtt is None else [asyncio.create_task(house.mqtt.run(), name="mqtt")]
@@ -374,17 +385,6 @@ async def _end(
         task.cancel()
     await asyncio.gather(serving, *mqtt, return_exceptions=True)
     log.info("hvsnap has ended")
-
-
-async def _trim_events(catalog: Catalog) -> None:
-    """Forget the oldest events now and then."""
-    while True:
-        with contextlib.suppress(HvsnapError):  # a full device: it is tried again
-            async with catalog.write() as tx:
-                lost = await tx.trim_events(EVENTS_KEPT)
-            if lost:
-                log.warning("%d events were forgotten before the broker had them", lost)
-        await asyncio.sleep(TRIM_S)
 
 
 def notify(state: str) -> None:

@@ -14,10 +14,14 @@ GET  /v1/snapshots/{id}                                 Snapshot
 POST /v1/snapshots                   SnapshotCreate     SnapshotList   202, at once, in state ``progressing``
 POST /v1/snapshots/{id}/cancel                          Snapshot       202; it ends in state ``failed``
 POST /v1/snapshots/delete            SnapshotDelete     Deletion       all of them or none; with ``dry_run`` the plan
+POST /v1/snapshots/verify            SnapshotVerify     Task           202; reads every block again
 GET  /v1/chains                                         ChainList
 GET  /v1/chains/{disk}                                  Chain          with its nodes
 POST /v1/disks                       DiskCreate         Task           202
 POST /v1/disks/{disk}/rollback       Rollback           RollbackAnswer 202 and a ``task``; ``dry_run``: 200, none
+GET  /v1/store                                          StoreInfo
+POST /v1/store/check                                    Task           202; catalog against store, both ways
+POST /v1/store/compact               StoreCompact       Task           202; with ``dry_run`` only the plan
 GET  /v1/tasks                                          TaskList       running ones and the last finished ones
 GET  /v1/tasks/{id}                                     Task
 POST /v1/tasks/{id}/cancel                              Task           202
@@ -333,11 +337,94 @@ class RolledBack(Answer):
     notes: list[str]
 
 
+class AffectedSnapshot(Answer):
+    """A snapshot that does not restore, as long as some of its blocks are damaged or missing."""
+
+    id: str
+    disk: str
+    guest: str
+    target: str
+    name: str
+    blocks: int = Field(description="how many of its blocks are")
+
+
+class DamagedBlock(Answer):
+    """A stored block that is not what was stored."""
+
+    block: int
+    detail: str
+
+
+class SnapshotsVerified(Answer):
+    """What became of a SnapshotVerify. All is well if ``damaged`` and ``affected`` are empty."""
+
+    kind: Literal["snapshot-verify"] = "snapshot-verify"
+    snapshots: int = Field(description="that were verified")
+    packs: int
+    blocks: int
+    read_bytes: int
+    damaged_blocks: int
+    damaged: list[DamagedBlock] = Field(description="at most 1000 of them")
+    healed_blocks: int = Field(description="that were damaged when they were last read, and are whole now")
+    rewritten: list[str] = Field(description="manifests and indexes of packs that were damaged, and are written anew")
+    affected: list[AffectedSnapshot]
+
+
+class StoreDifference(Answer):
+    """One thing on which catalog and store do not agree."""
+
+    kind: str = Field(examples=["pack-missing"])
+    subject: str = Field(description="pack, manifest, snapshot or block")
+    detail: str
+    harmless: bool = Field(description="no snapshot is the worse for it; the next compaction puts it right")
+
+
+class StoreChecked(Answer):
+    """What became of a check. ``sound``: nothing is wrong that a snapshot suffers from."""
+
+    kind: Literal["store-check"] = "store-check"
+    sound: bool
+    packs: int
+    manifests: int
+    blocks: int
+    difference_count: int
+    differences: list[StoreDifference] = Field(description="at most 1000 of them")
+    affected: list[AffectedSnapshot]
+
+
+class PackFate(Answer):
+    """What becomes of one pack."""
+
+    pack: str
+    fate: str = Field(description="punch, rewrite or delete")
+    size_bytes: int
+    live_bytes: int
+
+
+class StoreCompacted(Answer):
+    """What a compaction did, or with ``dry_run`` would do."""
+
+    kind: Literal["store-compact"] = "store-compact"
+    dry_run: bool
+    dropped_blocks: int = Field(description="to which no snapshot refers any more")
+    freed_bytes: int = Field(description="their stored bytes")
+    deleted_packs: int
+    punched_packs: int = Field(description="the space of their dead blocks was given back to the file system")
+    rewritten_packs: int = Field(description="their live blocks were moved to others")
+    orphans: int = Field(description="packs that an interruption had left, and nothing knew")
+    manifests: int = Field(description="written anew or removed")
+    packs: list[PackFate] = Field(description="with dry_run: what becomes of packs that do not stay as they are")
+
+
+TaskResult = DiskCreated | RolledBack | SnapshotsVerified | StoreChecked | StoreCompacted
+"""What work returns, by its kind."""
+
+
 class Task(Answer):
     """Long work that goes on in the daemon, whoever asked for it."""
 
     id: str = Field(examples=["t-mfrggzdfmztw"])
-    kind: str = Field(examples=["disk-create", "disk-rollback"])
+    kind: str = Field(examples=["disk-create", "disk-rollback", "snapshot-verify", "store-check", "store-compact"])
     subject: str = Field(description="what it works on, for people")
     state: TaskState
     step: str = Field(description="what it is doing now, for people")
@@ -349,7 +436,7 @@ class Task(Answer):
     created_at: AwareDatetime
     finished_at: AwareDatetime | None
     error: Error | None
-    result: Annotated[DiskCreated | RolledBack, Field(discriminator="kind")] | None
+    result: Annotated[TaskResult, Field(discriminator="kind")] | None
 
 
 class TaskList(Answer):
@@ -363,6 +450,43 @@ class RollbackAnswer(Answer):
 
     plan: RollbackPlan
     task: Task | None
+
+
+# -- the store ------------------------------------------------------------------------------------
+
+
+class SnapshotVerify(Request):
+    """Read every block of these snapshots again, or of all that is stored."""
+
+    ids: list[Name] = Field(default=[], max_length=4096)
+    all: bool = False
+
+
+class StoreCompact(Request):
+    """Free what no snapshot refers to."""
+
+    dry_run: bool = False
+
+
+class StoreInfo(Answer):
+    """The store at a glance."""
+
+    url: str
+    repository: str = Field(description="the repository's id")
+    block_size: int
+    packs: int
+    size_bytes: int = Field(description="of all packs; holes that were given back to the file system count, too")
+    live_bytes: int = Field(description="stored bytes of the blocks that are kept")
+    live_blocks: int
+    snapshots: int
+    free_bytes: int | None = Field(description="of the store's device; null for a bucket")
+    total_bytes: int | None
+    sweeping: bool
+    swept_at: AwareDatetime | None = Field(description="when the daemon last freed space, since it started")
+    damaged_blocks: int = Field(description="known ones")
+    affected: list[AffectedSnapshot]
+    unverified_packs: int = Field(description="never read again since they were written")
+    verified_since: AwareDatetime | None = Field(description="every other pack was verified since; null if none was")
 
 
 # -- the daemon itself ----------------------------------------------------------------------------

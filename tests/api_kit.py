@@ -24,13 +24,17 @@ from hvsnap.service.disks import Disks
 from hvsnap.service.doctor import Doctor
 from hvsnap.service.feed import Feed
 from hvsnap.service.guests import Guests
+from hvsnap.service.housekeeping import Housekeeping, VerifySettings
 from hvsnap.service.inventory import Inventory
 from hvsnap.service.recovery import Recovery, RestoreRecovery
 from hvsnap.service.service import Service
 from hvsnap.service.snapshots import Snapshots
 from hvsnap.service.status import StatusBoard
+from hvsnap.service.store import Store
 from hvsnap.service.tasks import Tasks
 from hvsnap.service.uses import Uses
+from hvsnap.store.blocks import PackedBlocks, open_store
+from hvsnap.store.objects import LocalObjects
 from hvsnap.wire import MqttStatus
 from tests.catalog_kit import StoppedClock
 from tests.service_kit import FakeCaptures, FakeHypervisor, a_catalog, a_guest, a_view
@@ -111,6 +115,7 @@ class House:
     roller: FakeRoller
     uses: Uses
     tasks: Tasks
+    store: PackedBlocks
     service: Service
     mqtt: MqttStatus = field(
         default_factory=lambda: MqttStatus(configured=True, connected=False, pending=2, error="refused")
@@ -137,6 +142,9 @@ async def a_house(directory: Path) -> AsyncIterator[House]:
         guests = Guests(inventory, hypervisor, catalog, captures, _inspect)
         restores = RestoreRecovery(catalog, maker, roller, uses)
         mqtt = MqttStatus(configured=True, connected=False, pending=2, error="refused")
+        objects = LocalObjects(directory / "store")
+        store = await open_store(objects, catalog)
+        housekeeping = Housekeeping(catalog, store, clock, lambda: True, VerifySettings(0, 0), directory / "store")
         service = Service(
             guests=guests,
             snapshots=snapshots,
@@ -155,6 +163,15 @@ async def a_house(directory: Path) -> AsyncIterator[House]:
                 snapshots_max=64,
                 own_directories=["/var/lib/hvsnap"],
             ),
+            store=Store(
+                catalog,
+                store,
+                snapshots,
+                tasks,
+                housekeeping,
+                url=f"file://{directory / 'store'}",
+                directory=directory / "store",
+            ),
             tasks=tasks,
             doctor=Doctor(
                 [],
@@ -171,10 +188,12 @@ async def a_house(directory: Path) -> AsyncIterator[House]:
             feed=feed,
         )
         try:
-            yield House(catalog, hypervisor, captures, maker, roller, uses, tasks, service)
+            yield House(catalog, hypervisor, captures, maker, roller, uses, tasks, store, service)
         finally:
             feed.close()
             await tasks.shutdown(5)
+            await store.close()
+            objects.close()
 
 
 class _Relay:

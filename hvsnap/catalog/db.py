@@ -19,13 +19,16 @@ import aiosqlite
 
 from hvsnap.catalog.lock import StateLock
 from hvsnap.catalog.migrations import migrate
-from hvsnap.catalog.reserve import Reserve
 from hvsnap.errors import CatalogFailed, NoSpace
+from hvsnap.reserve import Reserve
 
 BUSY_TIMEOUT_MS = 10_000
 CACHE_KIB = 32 * 1024
 WAL_PAGES = 8192
 """Pages (4 KiB) after which the log is written back: index pages that several packs touch are written once."""
+
+RESERVE_BYTES_MAX = 64 << 20
+"""What is kept free for deletions and failures: the log of the largest deletion that was measured, and some."""
 
 Row = tuple[Any, ...]
 T = TypeVar("T")
@@ -170,7 +173,7 @@ class Database:
         async with contextlib.AsyncExitStack() as undo:
             undo.callback(lock.release)
             await settled(asyncio.to_thread(lock.acquire))
-            reserve = Reserve(directory)
+            reserve = Reserve(directory / "reserve", RESERVE_BYTES_MAX)
             try:
                 await asyncio.to_thread(reserve.adjust)
                 writer = await _connect(path)

@@ -126,6 +126,18 @@ class Upkeep:
         rows = await self._db.read("SELECT block, why, found_at FROM damaged ORDER BY block")
         return [DamagedBlock(*row) for row in rows]
 
+    # -- notes ------------------------------------------------------------------------------------
+
+    async def note(self, key: str) -> float:
+        """Return a time that was noted; 0 if none was."""
+        found = await self._db.read("SELECT value FROM meta WHERE key = ?", (f"note/{key}",))
+        return float(found[0][0]) if found else 0.0
+
+    async def set_note(self, key: str, at: float) -> None:
+        """Note a time."""
+        async with self._db.transaction() as cursor:
+            await cursor.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"note/{key}", repr(at)))
+
     # -- manifests --------------------------------------------------------------------------------
 
     async def manifests(self) -> dict[SnapshotId, ManifestState]:

@@ -13,6 +13,7 @@ from hvsnap.service.recovery import Recovery
 from hvsnap.service.requests import CapturesPort
 from hvsnap.service.snapshots import Snapshots
 from hvsnap.service.status import StatusBoard
+from hvsnap.service.store import Store
 from hvsnap.service.tasks import Tasks
 
 
@@ -25,6 +26,7 @@ class Service:
     captures: CapturesPort
     chains: Chains
     disks: Disks
+    store: Store
     tasks: Tasks
     doctor: Doctor
     recovery: Recovery

@@ -61,7 +61,7 @@ def task(view: TaskView) -> wire.Task:
     progress = view.progress
     done = view.state is wire.TaskState.ACCOMPLISHED
     running = view.state is wire.TaskState.RUNNING
-    result = view.result if isinstance(view.result, wire.DiskCreated | wire.RolledBack) else None
+    result = view.result if isinstance(view.result, wire.TaskResult) else None
     return wire.Task(
         id=view.id,
         kind=view.kind,

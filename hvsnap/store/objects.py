@@ -18,11 +18,17 @@ from typing import TypeVar, TypeVarTuple, Unpack
 
 from hvsnap.errors import NoSpace, NotFound, ObjectExists, StoreFailed
 from hvsnap.ports import ObjectInfo
+from hvsnap.reserve import Reserve
 from hvsnap.store import files
 from hvsnap.store.uninterrupted import uninterrupted
 
 THREADS = 8
 """Calls under way at once: two packs being made durable, one being written, some reads ahead."""
+
+DATA = "packs/"
+RESERVE = ".reserve"  # no valid name reaches it
+RESERVE_BYTES_MAX = 16 << 20
+"""What is kept free beside packs: for manifests and leases, without which nothing could be deleted."""
 
 PART_BYTES_MAX = 255
 NAME_BYTES_MAX = 1024
@@ -51,6 +57,7 @@ class LocalObjects:
         self._root = root
         self._directories = files.Directories(root)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="objects")
+        self._reserve: Reserve | None = None
 
     async def get(self, name: str) -> bytes:
         """Return a whole object."""
@@ -75,7 +82,10 @@ class LocalObjects:
             await writer.abort()
 
     async def writer(self, name: str) -> LocalWriter:
-        """Start an object."""
+        """Start an object. Data (a pack) is refused with :class:`NoSpace` before the device is quite full."""
+        path = self._path(name)
+        if not await self._read(path, self._room_for, name.startswith(DATA)):
+            raise NoSpace(f"cannot write {path}: the device is nearly full")
         return LocalWriter(self, files.NewFile(self._directories, self._root / _TEMPORARY, self._path(name)))
 
     async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
@@ -119,6 +129,15 @@ class LocalObjects:
     def close(self) -> None:
         """Let the threads go, once they are done."""
         self._threads.shutdown(wait=False)
+
+    def _room_for(self, data: bool) -> bool:
+        """Keep the reserve, or give it up: without it there is room for what frees space, and no longer for data."""
+        if self._reserve is None:
+            if not self._root.is_dir():
+                return True  # the first object of all; a missing parent is told of when that is written
+            self._reserve = Reserve(self._root / RESERVE, RESERVE_BYTES_MAX)
+        self._reserve.adjust()
+        return not data or self._reserve.has_room()
 
     def _path(self, name: str) -> Path:
         return self._root / check_name(name)

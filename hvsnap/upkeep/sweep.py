@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hvsnap.catalog.catalog import Catalog
-from hvsnap.errors import Damaged, StoreBusy
+from hvsnap.errors import Damaged, NoSpace, StoreBusy
 from hvsnap.model import BlockPlace, Pack, SnapshotId
 from hvsnap.ports import Clock
 from hvsnap.store.blocks import PackedBlocks
@@ -128,9 +128,7 @@ class Sweeper:
             await self._step("mark")
             live = await mark(self._catalog)
             await self._may_remove("manifests")
-            result.manifests, complete = await reconcile(self._catalog, self._store)
-            if not complete:
-                log.info("blocks are dropped another time: snapshots were deleted while manifests were written")
+            if not await self._reconcile(result):
                 return
             await self._step("drop")
             async for dead in dead_blocks(self._catalog, live):
@@ -139,6 +137,19 @@ class Sweeper:
                     doomed = dead.ids[~guard.ids.has(dead.ids)]
                     result.freed_bytes += await self._catalog.upkeep.drop(doomed)
                     result.dropped_blocks += doomed.size
+
+    async def _reconcile(self, result: Swept) -> bool:
+        """Let the manifests say what the catalog says; return whether blocks may be dropped now."""
+        try:
+            result.manifests, complete = await reconcile(self._catalog, self._store)
+        except NoSpace as error:
+            # Manifests of deleted snapshots stay and name blocks that are dropped now: a rebuild would find these
+            # snapshots again, and damaged. That is better than a full store which can only be thrown away.
+            log.warning("manifests cannot be written anew before space is freed: %s", error.message)
+            return True
+        if not complete:
+            log.info("blocks are dropped another time: snapshots were deleted while manifests were written")
+        return complete
 
     # -- packs ------------------------------------------------------------------------------------
 
@@ -163,7 +174,11 @@ class Sweeper:
                 case Fate.KEEP:
                     await self._catalog.upkeep.swept(pack)
         for start in range(0, len(to_rewrite), REWRITTEN_AT_ONCE):
-            result.rewritten_packs += await self._rewrite(to_rewrite[start : start + REWRITTEN_AT_ONCE])
+            try:
+                result.rewritten_packs += await self._rewrite(to_rewrite[start : start + REWRITTEN_AT_ONCE])
+            except NoSpace as error:
+                log.warning("packs are rewritten another time: %s", error.message)
+                break
 
     async def _punch(self, pack: Pack) -> bool:
         try:

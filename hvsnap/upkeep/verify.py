@@ -27,6 +27,8 @@ from hvsnap.upkeep.sweep import Sweeper
 
 log = logging.getLogger(__name__)
 
+MANIFESTS_VERIFIED = "manifests-verified"
+
 Report = Callable[[int, int], None]
 """Is told the stored bytes that were read, and those of all that is to be read."""
 
@@ -93,26 +95,35 @@ class Verifier:
             await self._check_manifest(row, result)
         return await self._told(result)
 
-    async def everything(self, report: Report, *, bytes_per_s: int = 0, before: float | None = None) -> Verified:
-        """Read all packs, those first that were not verified for longest; with ``before``, those not verified since.
+    async def everything(self, report: Report) -> Verified:
+        """Read all packs, those first that were not verified for longest, and all manifests."""
+        result = Verified()
+        await self._packs(await self._catalog.upkeep.packs(), Pace(0), result, report)
+        await self._manifests(result)
+        return await self._told(result)
+
+    async def due(self, before: float, bytes_per_s: int) -> Verified:
+        """Read packs and manifests that were not verified since ``before``, at a rate.
 
         What was read whole is remembered pack by pack, so that an interrupted run goes on where it was.
         """
-        packs = [
-            pack
-            for pack in await self._catalog.upkeep.packs()
-            if before is None or pack.verified_at is None or pack.verified_at < before
-        ]
-        packs.sort(key=lambda pack: (pack.verified_at or 0.0, pack.number))
-        total = sum(pack.live_bytes for pack in packs)
         result = Verified()
-        pace = Pace(bytes_per_s)
-        for pack in packs:
+        packs = [pack for pack in await self._catalog.upkeep.packs() if (pack.verified_at or 0.0) < before]
+        await self._packs(packs, Pace(bytes_per_s), result, lambda _done, _total: None)
+        if await self._catalog.upkeep.note(MANIFESTS_VERIFIED) < before:
+            await self._manifests(result)
+        return await self._told(result)
+
+    async def _packs(self, packs: Sequence[Pack], pace: Pace, result: Verified, report: Report) -> None:
+        total = sum(pack.live_bytes for pack in packs)
+        for pack in sorted(packs, key=lambda pack: (pack.verified_at or 0.0, pack.number)):
             await self.pack(pack, pace, result)
             report(result.read_bytes, total)
+
+    async def _manifests(self, result: Verified) -> None:
         for row in await self._catalog.snapshots(state=State.ACCOMPLISHED):
             await self._check_manifest(row, result)
-        return await self._told(result)
+        await self._catalog.upkeep.set_note(MANIFESTS_VERIFIED, self._clock.now())
 
     async def pack(self, pack: Pack, pace: Pace, result: Verified) -> None:
         """Verify one pack: each live block, and its index, without which the catalog could not be rebuilt."""

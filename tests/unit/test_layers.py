@@ -32,7 +32,7 @@ class Layer(IntEnum):
     COMMAND_LINE = 8
 
 
-VALUES = {"", "__main__", "config", "errors", "happenings", "model", "ports", "secret", "wire"}
+VALUES = {"", "__main__", "config", "errors", "happenings", "model", "ports", "reserve", "secret", "wire"}
 """Everybody may speak of these; they know nothing but each other."""
 
 PURE = {
