@@ -60,7 +60,8 @@ class Capture:
         """Take the snapshots: accomplished when this returns. The guest is not yet back on its images."""
         definition = await self._hypervisor.definition(self._order.guest)
         async with self._instant() as (consistency, note), self._watching_space():
-            done: list[tuple[DiskPlan, Totals]] = [await self._recorder.record(plan) for plan in self._plans]
+            with contextlib.nullcontext() if self._fleece is None else self._fleece.explaining():
+                done: list[tuple[DiskPlan, Totals]] = [await self._recorder.record(plan) for plan in self._plans]
         await self._recorder.accomplish(self._order.operation, done, consistency, note, definition)
 
     # -- holding the instant ----------------------------------------------------------------------

@@ -7,14 +7,15 @@ nothing. A crash of QEMU leaves nothing but the scratch images, a crash of the d
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from hvsnap.capture.facts import CapturedDisk
 from hvsnap.capture.plan import Decision
 from hvsnap.capture.record import DiskPlan
-from hvsnap.errors import GuestUnknown, HvsnapError, HypervisorFailed
+from hvsnap.errors import GuestUnknown, HvsnapError, HypervisorFailed, ReadFailed
 from hvsnap.hypervisor import images
 from hvsnap.model import GuestUuid, Kind, Method
 from hvsnap.ports import FleecedDisk, Fleecer, Hypervisor, NbdExport
@@ -48,6 +49,17 @@ class Fleece:
     async def exported(self) -> list[DiskPlan]:
         """Return the plans with the exports to read from; one whose bitmap QEMU refuses becomes a rescan."""
         return [await self._exported(plan, disk) for plan, disk in zip(self._plans, self._disks, strict=True)]
+
+    @contextlib.contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Say what a read that fails in here most likely means: QEMU gives no reason."""
+        try:
+            yield
+        except ReadFailed as error:
+            scratch = ", ".join(disk.scratch for disk in self._disks)
+            why = f"{error.message}; QEMU gives an instant up when its scratch image cannot take what is overwritten"
+            hint = f"look for space and speed where {scratch} lies; capture.overlay_dir names another place"
+            raise ReadFailed(why, hint=hint) from error
 
     async def _exported(self, plan: DiskPlan, disk: FleecedDisk) -> DiskPlan:
         try:

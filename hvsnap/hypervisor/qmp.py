@@ -127,6 +127,8 @@ class QmpHypervisor:
         except GuestOff:
             uuid = identity(None, seen, self._host_id, self.name)
             disks = disks_while_off(seen, self._guest.disks)
+            if seen is None and disks:
+                await self._remember(Seen(uuid, disks))  # what is captured now is this guest's when it is started
             return GuestView(uuid, self.name, GuestState.OFF, True, disks, self._guest.fleece)
         uuid = identity(shown, seen, self._host_id, self.name)
         state = qmp_view.guest_state(status["status"], running=status["running"])

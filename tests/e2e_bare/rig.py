@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from hvsnap import wire
 from hvsnap.hypervisor.qemu_nodes import OURS
 from tests.daemon_kit import Daemon
 from tests.e2e.oracle import Replica, converted
 from tests.e2e.rig import DoctoredDaemon, Rig, TestDisk
 from tests.guest.bare import BareDisk, BareGuest
+from tests.guest.domain import make_image
 
 QUICK = "space_reserve_bytes = 1000000\nparallel = 8"
 
@@ -18,6 +20,20 @@ QUICK = "space_reserve_bytes = 1000000\nparallel = 8"
 def table(guest: BareGuest, **keys: object) -> dict[str, str]:
     """Return a guest's table of the configuration, as :class:`Daemon` takes it."""
     return {f"hypervisor.qmp.{guest.name}": guest.table(**keys).partition("\n")[2]}
+
+
+def a_disk(
+    workdir: Path, name: str = "vda", size: str = "8M", image_format: str = "qcow2", **spec: object
+) -> BareDisk:  # fmt: skip
+    """Make an image and the disk on it."""
+    path = make_image(workdir / f"{name}.{image_format}", size, image_format)
+    return BareDisk(path, image_format, id=name, **spec)  # type: ignore[arg-type]
+
+
+def guests(daemon: Daemon) -> list[wire.Guest]:
+    """Return the guests that the daemon sees."""
+    with daemon.client() as client:
+        return client.get("/guests", wire.GuestList).guests
 
 
 class BareRig(Rig):
@@ -69,9 +85,17 @@ class BareRig(Rig):
             if sorted(self.sources()) != images:
                 raise AssertionError(f"the guest is on {self.sources()} instead of {images}")
 
+    def failed(self, made: list[wire.Snapshot]) -> wire.Snapshot:
+        """Return a snapshot that ended as failed, everything settled."""
+        (ended,) = self.daemon.ended(made)
+        self.daemon.settled()
+        if ended.state != "failed":
+            raise AssertionError(f"{ended.id} is {ended.state}")
+        return ended
+
     def our_bitmaps(self, disk: TestDisk) -> list[str]:
         """Return the bitmaps of hvsnap on a running guest's image."""
         return [name for name in self.bitmaps(disk) if name.startswith(OURS)]
 
 
-__all__ = ["QUICK", "BareRig", "DoctoredDaemon", "table"]
+__all__ = ["QUICK", "BareRig", "DoctoredDaemon", "a_disk", "guests", "table"]

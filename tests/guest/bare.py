@@ -17,7 +17,9 @@ from tests.guest.image import GuestImage
 from tests.guest.libvirtd import wait_for
 from tests.guest.shell import Shell
 
-QEMU = "qemu-system-x86_64"
+QEMU = os.environ.get("HVSNAP_TEST_QEMU", "qemu-system-x86_64")
+"""Another QEMU can be named, to see whether guests of it are captured as well."""
+
 START_TIMEOUT_S = 20.0
 
 
@@ -64,7 +66,7 @@ class BareGuest(Shell):
         image: GuestImage | None = None,
         *,
         guest_uuid: str | None = "",
-        user: str = "",
+        user: int = 0,
         extra: list[str] | None = None,
         qemu: list[str] | None = None,
     ) -> None:
@@ -101,7 +103,7 @@ class BareGuest(Shell):
 
     def _launch(self) -> bool:
         """Start QEMU and return when its monitor answers; a QEMU that refuses is a failure, with its words."""
-        user = ["--reuid", self._user, "--regid", self._user, "--clear-groups"] if self._user else []
+        user = ["--reuid", str(self._user), "--regid", str(self._user), "--clear-groups"] if self._user else []
         err = self._directory / f"{self.name}.err"
         for stale in (self.qmp_socket, self.agent_socket, self._test_socket, self.ports / "command"):
             stale.unlink(missing_ok=True)
@@ -112,15 +114,21 @@ class BareGuest(Shell):
                 stdout=out,
                 stderr=out,
             )
-        wait_for(lambda: self._listening() or not self.active, f"the monitor of {self.name}", START_TIMEOUT_S)
+        wait_for(lambda: self._answers() or not self.active, f"the monitor of {self.name}", START_TIMEOUT_S)
         if not self.active:
             raise RuntimeError(f"{self.name} did not start: {err.read_text(errors='replace')[-1000:]}")
         return True
 
-    def _listening(self) -> bool:
+    def _answers(self) -> bool:
+        """Whether the monitor answers: it greets before QEMU opens the disks, and answers when all is done."""
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(1.0)
             probe.connect(str(self._test_socket))
-            return True
+            probe.sendall(b'{"execute": "qmp_capabilities"}')
+            seen = b""
+            while b'"return"' not in seen and (data := probe.recv(4096)):
+                seen += data
+            return b'"return"' in seen
         return False
 
     def command_line(self) -> list[str]:

@@ -1,0 +1,206 @@
+"""What happens to a bare guest and its disks around captures: FAULTS 9, 19, 20."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.oracle import check_same
+from tests.e2e.scenarios import write
+from tests.e2e_bare.conftest import MakeRig
+from tests.e2e_bare.rig import BareRig, a_disk, guests
+from tests.guest.libvirtd import wait_for
+
+MIB = 1 << 20
+NOBODY = 65534
+
+
+# -- what happens in the middle -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["fleece", "redirect"])
+def test_a_guest_shut_down_in_a_capture_leaves_nothing_half(make_rig: MakeRig, workdir: Path, mode: str) -> None:
+    rig = make_rig([a_disk(workdir)], mode)
+    disk = rig.disks[0]
+    rig.do(disk, write(0, 2 * MIB, 6))
+    rig.capture(rig.disks)
+    rig.do(disk, write(MIB, 2 * MIB, 7))
+    with rig.daemon.gate("read") as gate:
+        made = rig.daemon.begin(rig.guest.name)
+        gate.reached(made[0].id)
+        rig.do(disk, write(2 * MIB, 2 * MIB, 8))
+        rig.guest.quit()
+    (ended,) = rig.daemon.ended(made)
+    rig.daemon.settled()
+    # A redirected image stays readable without its guest; a fleeced one's instant is gone with QEMU.
+    assert ended.state == ("failed" if mode == "fleece" else "accomplished")
+    rig.check_on_images()
+    rig.check_disk(disk, "after the guest's end")
+    rig.guest.start()
+    (snapshot,) = rig.capture(rig.disks)
+    assert snapshot.method == "bitmap"
+    rig.check_snapshots(disk)
+
+
+@pytest.mark.parametrize("mode", ["fleece", "redirect"])
+def test_a_disk_grown_in_a_capture_is_whole_then_and_later(make_rig: MakeRig, workdir: Path, mode: str) -> None:
+    rig = make_rig([a_disk(workdir)], mode)
+    disk = rig.disks[0]
+    rig.do(disk, write(0, 8 * MIB, 6))
+
+    def grow() -> None:
+        rig.qmp("block_resize", **{"node-name": rig.guest.root_node(), "size": 12 * MIB})
+        disk.replica.resize(12 * MIB)
+        rig.do(disk, write(9 * MIB, MIB, 12), write(MIB, MIB, 13))
+
+    rig.capture(rig.disks, grow)
+    rig.do(disk, write(11 * MIB, MIB, 14))
+    (snapshot,) = rig.capture(rig.disks)
+    assert (snapshot.method, snapshot.size_bytes) == ("rescan", 12 * MIB)
+    rig.check_snapshots(disk)
+
+
+def test_a_disk_unplugged_in_a_fleece_can_be_let_go_of(make_rig: MakeRig, workdir: Path) -> None:
+    rig = make_rig([a_disk(workdir, "sda", bus="scsi"), a_disk(workdir, "sdb", bus="scsi")])
+    disk = rig.disks[0]
+    rig.do(disk, write(0, 4 * MIB, 6))
+    before = rig.present(disk)
+    with rig.daemon.gate("read") as gate:
+        made = rig.daemon.begin(rig.guest.name, ["sda"])
+        gate.reached(made[0].id)
+        rig.qmp("device_del", id="sda")
+        wait_for(lambda: len(rig.qmp("query-block")) == 1, "the unplugging")
+    (ended,) = rig.daemon.ended(made)
+    rig.daemon.settled()
+    assert ended.state == "accomplished"
+    check_same(rig.restored(ended.id), before, "the unplugged disk's snapshot")
+    assert rig.left_behind() == []
+    rig.qmp("blockdev-del", **{"node-name": "sda-drive"})
+    assert [disk.target for disk in guests(rig.daemon)[0].disks] == ["sdb"]
+
+
+def test_somebody_elses_snapshot_in_a_fleece_stays(make_rig: MakeRig, workdir: Path) -> None:
+    rig = make_rig([a_disk(workdir)])
+    disk = rig.disks[0]
+    rig.do(disk, write(0, 4 * MIB, 6))
+    overlay = workdir / "theirs.qcow2"
+    base = ["-b", str(disk.spec.path), "-F", "qcow2"]
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *base, str(overlay)], check=True)
+    before = rig.present(disk)
+    with rig.daemon.gate("read") as gate:
+        made = rig.daemon.begin(rig.guest.name)
+        gate.reached(made[0].id)
+        file = {"driver": "file", "filename": str(overlay)}
+        rig.qmp("blockdev-add", **{"driver": "qcow2", "node-name": "theirs", "backing": None, "file": file})
+        rig.qmp("blockdev-snapshot", node="vda-drive", overlay="theirs")
+        rig.do(disk, write(MIB, MIB, 7))
+    (ended,) = rig.daemon.ended(made)
+    rig.daemon.settled()
+    assert ended.state == "accomplished"
+    check_same(rig.restored(ended.id), before, "the snapshot under theirs")
+    assert rig.left_behind() == []
+    assert rig.guest.root_node() == "theirs"
+
+
+def test_a_save_to_a_file_fails_in_a_fleece_and_the_guest_goes_on(make_rig: MakeRig, workdir: Path) -> None:
+    """QEMU cannot hand its images over while an instant is held in it; afterwards it can."""
+    rig = make_rig([a_disk(workdir)])
+    with rig.daemon.gate("read") as gate:
+        made = rig.daemon.begin(rig.guest.name)
+        gate.reached(made[0].id)
+        assert saved(rig, workdir) == "failed"
+        assert rig.qmp("query-status")["running"]
+    assert rig.daemon.ended(made)[0].state == "accomplished"
+    rig.daemon.settled()
+    assert saved(rig, workdir) == "completed"
+
+
+def saved(rig: BareRig, workdir: Path) -> str:
+    rig.qmp("migrate", uri=f"exec:cat > {workdir}/saved")
+    wait_for(lambda: rig.qmp("query-migrate").get("status") in ("completed", "failed"), "the end of the save")
+    return str(rig.qmp("query-migrate")["status"])
+
+
+def test_a_qemu_that_hangs_is_told_and_left_alone(make_rig: MakeRig, workdir: Path) -> None:
+    rig = make_rig([a_disk(workdir)])
+    os.kill(rig.guest.pid, signal.SIGSTOP)
+    try:
+        start = time.monotonic()
+        rig.daemon.status()  # the daemon itself answers
+        assert time.monotonic() - start < 10
+    finally:
+        os.kill(rig.guest.pid, signal.SIGCONT)
+    rig.capture(rig.disks)
+
+
+@pytest.mark.parametrize("image_format", ["qcow2", "raw"])
+def test_a_qemu_started_in_an_offline_capture_is_refused_and_the_snapshot_is_right(
+    make_rig: MakeRig, workdir: Path, image_format: str
+) -> None:
+    rig = make_rig([a_disk(workdir, image_format=image_format)])
+    rig.do(rig.disks[0], write(0, 3 * MIB, 6))
+    rig.guest.quit()
+
+    def start() -> None:
+        with pytest.raises(RuntimeError, match="lock"):
+            rig.guest.start()
+
+    rig.capture(rig.disks, start)
+    rig.guest.start()
+    rig.do(rig.disks[0], write(MIB, MIB, 7))
+    rig.capture(rig.disks)
+    rig.check_snapshots(rig.disks[0])
+
+
+# -- a scratch image that finds no space ----------------------------------------------------------
+
+
+@pytest.fixture
+def small_place() -> Iterator[Path]:
+    """A file system of 3 MiB."""
+    import tempfile  # noqa: PLC0415
+
+    with tempfile.TemporaryDirectory(prefix="hv", dir="/tmp") as name:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", name], check=True)
+        try:
+            yield Path(name)
+        finally:
+            subprocess.run(["umount", "-l", name], check=True)
+
+
+@pytest.mark.parametrize("reserve", [0, 2 * MIB])
+def test_a_full_scratch_gives_the_snapshot_up_and_never_a_write_of_the_guest(
+    make_rig: MakeRig, workdir: Path, small_place: Path, reserve: int
+) -> None:
+    """With a reserve the watch gives up first; without one QEMU does, at the very write that found no space."""
+    capture = f'overlay_dir = "{small_place}"\nspace_reserve_bytes = {reserve}'
+    rig = make_rig([a_disk(workdir, size="16M")], capture=capture)
+    disk = rig.disks[0]
+    rig.do(disk, write(0, 16 * MIB, 6))
+    with rig.daemon.gate("read") as gate:
+        made = rig.daemon.begin(rig.guest.name, consistency="crash")
+        gate.reached(made[0].id)
+        for number in range(16):
+            rig.do(disk, write(number * MIB, MIB, 20 + number))  # raises if the guest's device saw an error
+        assert rig.qmp("query-status")["status"] == "running"
+        if reserve:
+            time.sleep(1.0)  # the watch looks twice a second
+    ended = rig.failed(made)
+    assert ("bytes left" if reserve else "scratch") in ended.error
+    rig.check_on_images()
+    rig.check_disk(disk, "after the scratch was full")
+    rig.daemon.configure(capture="space_reserve_bytes = 1000000", **_tables(rig))
+    rig.daemon.stop()
+    rig.daemon.start()
+    rig.capture(rig.disks)
+    rig.check_snapshots(disk)
+
+
+def _tables(rig: BareRig) -> dict[str, str]:
+    return {f"hypervisor.qmp.{rig.guest.name}": rig.guest.table().partition("\n")[2]}
