@@ -38,6 +38,8 @@ from hvsnap.model import (
     new_id,
 )
 from hvsnap.ports import UInt64Array
+from hvsnap.service.freeing import plan_deletion
+from hvsnap.upkeep.live import dead_blocks, mark
 
 DISK_BLOCKS = 1 << 24
 SNAPSHOTS = 64
@@ -199,11 +201,17 @@ async def measure(directory: Path, part: int) -> None:
     tail = last[-8:]
     figures.add("unique blocks", "", f"{total}")
     figures.add("new digests, in all", ">= 30000 /s", f"{total / sum(s for _, s in last):.0f} /s")
-    figures.add("new digests, last 8 snapshots", ">= 30000 /s", f"{sum(c for c, _ in tail) / sum(s for _, s in tail):.0f} /s")
+    figures.add(
+        "new digests, last 8 snapshots", ">= 30000 /s", f"{sum(c for c, _ in tail) / sum(s for _, s in tail):.0f} /s"
+    )
     figures.add("memory while growing", "<= 400 MiB", f"{memory_mib()} MiB (at first {before_mib})")
     await views(catalog, simulation, figures)
-    await catalog.close()
+    await catalog.blocks.merge()
     figures.add("catalog, a unique block", "<= 150 bytes", f"{size_bytes(directory) / total:.1f} bytes")
+    await deletions(catalog, simulation, figures)
+    await sweep(catalog, figures)
+    figures.add("memory in all", "<= 400 MiB", f"{memory_mib()} MiB")
+    await catalog.close()
 
 
 async def views(catalog: Catalog, simulation: Simulation, figures: Figures) -> None:
@@ -213,6 +221,35 @@ async def views(catalog: Catalog, simulation: Simulation, figures: Figures) -> N
     async for _page, view in catalog.views(simulation.snapshots[-1]):
         used += int(np.count_nonzero(view))
     figures.add(f"view of the newest snapshot ({used} blocks)", "<= 10 s", f"{time.perf_counter() - began:.2f} s")
+
+
+async def deletions(catalog: Catalog, simulation: Simulation, figures: Figures) -> None:
+    """Measure the deletion of the newest, a middle and the first snapshot: what it would free, and doing it."""
+    chosen = [("newest", -1), ("middle", SNAPSHOTS // 2), ("first", 0)]
+    for what, snapshot in [(what, simulation.snapshots[at]) for what, at in chosen]:
+        began = time.perf_counter()
+        plan = await plan_deletion(catalog, [snapshot])
+        planned = time.perf_counter()
+        async with catalog.write() as tx:
+            await tx.delete_snapshot(snapshot)
+        ended = time.perf_counter()
+        freed = f"frees {plan.together >> 20} MiB"
+        figures.add(f"delete the {what} snapshot ({freed})", "<= 10 s", f"{ended - began:.2f} s")
+        print(f"  what-if {planned - began:.2f} s, deletion {ended - planned:.2f} s", file=sys.stderr)
+
+
+async def sweep(catalog: Catalog, figures: Figures) -> None:
+    """Measure marking and dropping: a sweep's part in the catalog."""
+    began = time.perf_counter()
+    live = await mark(catalog)
+    marked = time.perf_counter()
+    dropped = 0
+    async for dead in dead_blocks(catalog, live):
+        await catalog.upkeep.drop(dead.ids)
+        dropped += dead.ids.size
+    ended = time.perf_counter()
+    figures.add(f"sweep ({len(live)} blocks live, {dropped} dropped)", "<= 20 s", f"{ended - began:.2f} s")
+    print(f"  mark {marked - began:.2f} s, drop {ended - marked:.2f} s", file=sys.stderr)
 
 
 def main() -> None:
