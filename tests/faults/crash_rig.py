@@ -1,0 +1,423 @@
+"""A guest that goes on writing while the daemon, its QEMU or libvirtd are killed, and what must hold afterwards.
+
+The oracle is the guest's own log: every operation that its disk acknowledged must be there, whatever died; a snapshot
+that is accomplished must hold one instant of that log; nothing of a capture may be left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+from xml.etree import ElementTree
+
+import httpx
+import libvirt
+import libvirt_qemu
+import numpy as np
+
+from hvsnap import wire
+from hvsnap.errors import HvsnapError
+from tests.conftest import short_directory
+from tests.daemon_kit import Daemon
+from tests.e2e.oracle import Bytes, Operation, Replica, check_same, converted, instant_in_log, load, logged_operation
+from tests.faults.killing_daemon import Order
+from tests.guest.domain import DiskSpec, Guest, make_image
+from tests.guest.image import GuestImage
+from tests.guest.libvirtd import Libvirtd, host_pids, wait_for
+
+MIB = 1 << 20
+SIZE = 12 * MIB + 512 * 33
+BATCH = 6
+LENGTH_MAX = 65536
+_MASK = (1 << 64) - 1
+
+_WRITER = """
+i={first}
+while [ ! -e /tmp/stop ]; do
+    for disk in {disks}; do
+        echo batch $disk $i
+        stress random /dev/$disk $i {count} {length}
+        i=$((i + 1))
+    done
+    usleep 20000
+done
+echo stopped
+"""
+
+
+def batch(seed: int, size: int) -> list[Operation]:
+    """Return the operations that ``stress random`` does with a seed, logged or not (stress.c: do_random)."""
+    state = seed
+
+    def draw() -> int:
+        nonlocal state
+        state = (state + 0x9E3779B97F4A7C15) & _MASK
+        z = state
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+        return z ^ (z >> 31)
+
+    made = []
+    for _ in range(BATCH):
+        kind = draw() % 8
+        length = (draw() % (LENGTH_MAX // 512) + 1) * 512
+        offset = draw() % ((size - length) // 512 + 1) * 512
+        if kind < 2:
+            made.append(logged_operation(f"{('discard', 'zero')[kind]} {offset} {length}"))
+        else:
+            made.append(logged_operation(f"write {offset} {length} {draw()}"))
+    return made
+
+
+@dataclass
+class CrashDisk:
+    """One disk: what it must hold, and what was acknowledged since it was last looked at.
+
+    ``coming`` are the operations after the last acknowledged one: they may have been under way.
+    """
+
+    target: str
+    path: Path
+    format: str
+    replica: Replica
+    log: list[Operation] = field(default_factory=list)
+    coming: list[Operation] = field(default_factory=list)
+    states: dict[str, str] = field(default_factory=dict)  # snapshot → digest of what it restores to
+
+
+class CrashRig:
+    """One guest with a file system (vdc) and disks that it writes to, and one daemon that can be killed at points."""
+
+    def __init__(
+        self, libvirtd: Libvirtd, image: GuestImage, *, formats: Sequence[str] = ("qcow2", "qcow2"), **config: str
+    ) -> None:
+        self.libvirtd = libvirtd
+        self.directory = short_directory()
+        self.disks = []
+        for number, image_format in enumerate(formats):
+            path = make_image(self.directory / f"{'ab'[number]}.{image_format}", str(SIZE), image_format)
+            replica = Replica(np.zeros(SIZE, np.uint8))
+            self.disks.append(CrashDisk(f"vd{'ab'[number]}", path, image_format, replica))
+        ext4 = self.directory / "ext4.raw"
+        subprocess.run(["mke2fs", "-q", "-t", "ext4", str(ext4), "8M"], check=True)
+        specs = [DiskSpec(disk.path, disk.format) for disk in self.disks] + [DiskSpec(ext4, "raw")]
+        self.guest = Guest(libvirtd, self.directory, self.directory.name, specs, image).define()
+        self._config = config
+        self.control = self.directory / "control"
+        self._daemons = 0
+        self.daemon = self.new_daemon()
+        self._seed = 1
+        self._read = 0
+        self._orders = 0
+        self._writing: Sequence[str] = ()
+
+    def __enter__(self) -> CrashRig:
+        self.boot()
+        self.daemon.start(str(self.control))
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.guest.remove()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.daemon.stop(20)
+        self.daemon.kill()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def new_daemon(self) -> Daemon:
+        """Return a daemon with a state and a store of its own."""
+        self._daemons += 1
+        directory = self.directory / f"d{self._daemons}"
+        directory.mkdir()
+        config = {"capture": "space_reserve_bytes = 1048576", "limits": "snapshots_per_disk = 1000", **self._config}
+        return Daemon(directory, self.libvirtd.uri, **config)
+
+    def boot(self) -> None:
+        """Start the guest (a QEMU that died leaves the disks to whoever is next) and mount its file system."""
+        self.guest.start()
+        self.guest.run(f"mount -t ext4 /dev/vd{'abc'[len(self.disks)]} /mnt")
+
+    # -- the guest's writes -----------------------------------------------------------------------
+
+    def write_on(self) -> None:
+        """Let the guest write to all disks until :meth:`stop_writing`."""
+        self._read = len(self.guest.logged())
+        self.guest.run("rm -f /tmp/stop")
+        names = " ".join(disk.target for disk in self.disks)
+        self._seed += 100_000
+        self.guest.spawn(_WRITER.format(first=self._seed, disks=names, count=BATCH, length=LENGTH_MAX))
+        self._writing = names
+        self.written(2 * BATCH)
+
+    def written(self, more: int) -> None:
+        """Return when the guest has had that many more lines acknowledged: it is not stopped by anything."""
+        before = len(self.guest.logged())
+        wait_for(lambda: len(self.guest.logged()) >= before + more, "the guest's writes", 20)
+
+    def stop_writing(self) -> None:
+        """End the guest's writes in good order."""
+        if not self._writing:
+            return
+        self.guest.run("touch /tmp/stop")
+        wait_for(lambda: "stopped" in self.guest.logged()[self._read :], "the end of the guest's writes")
+        self._take_log()
+        for disk in self.disks:
+            disk.coming = []
+
+    def lost_writing(self) -> None:
+        """The guest died while it wrote: what was under way may be there, or not, or in part."""
+        self._take_log()
+
+    def _take_log(self) -> None:
+        self._writing = ()
+        last: CrashDisk | None = None
+        ahead: dict[str, list[Operation]] = {}
+        for line in self.guest.logged()[self._read :]:
+            word, *rest = line.split()
+            if word == "batch":
+                last = next(disk for disk in self.disks if disk.target == rest[0])
+                ahead[last.target] = batch(int(rest[1]), SIZE)
+            elif word != "stopped":
+                assert last is not None, line
+                expected = ahead[last.target].pop(0)
+                one = logged_operation(line)
+                assert (one.kind, one.offset, one.length) == (expected.kind, expected.offset, expected.length), line
+                last.log.append(one)
+        for disk in self.disks:
+            # What a dead guest had not logged: the rest of its batch, and the one after.
+            disk.coming = ahead.get(disk.target, [])
+        self._read = len(self.guest.logged())
+
+    # -- killing ----------------------------------------------------------------------------------
+
+    def order(self, order: Order) -> None:
+        """Arm the daemon."""
+        self._orders += 1
+        for suffix in (".reached", ".go"):
+            self.control.with_suffix(suffix).unlink(missing_ok=True)
+        Order(order.do, order.name, order.nth, order.side, order.delay_s, f"{self._orders}").write(self.control)
+
+    def disarm(self) -> None:
+        self.control.unlink(missing_ok=True)
+
+    def trace(self, action: Callable[[], None]) -> list[tuple[str, int, str]]:
+        """Return the points that an action of the daemon passes, once each."""
+        log = self.control.with_suffix(".trace")
+        log.unlink(missing_ok=True)
+        self.order(Order("trace"))
+        action()
+        self.disarm()
+        return [(name, nth, side) for name, nth, side in map(json.loads, log.read_text().splitlines())]
+
+    def crash_at(self, order: Order, action: Callable[[], None]) -> bool:
+        """Do an action that the daemon does not survive; False if it did: the point was not passed."""
+        self.order(order)
+        with contextlib.suppress(HvsnapError, httpx.HTTPError, RuntimeError, TimeoutError):
+            action()
+        if order.side == "during":
+            time.sleep(order.delay_s)
+        died = not self.daemon.alive()
+        self.disarm()
+        return died
+
+    @contextlib.contextmanager
+    def held_at(self, name: str, side: str = "before", nth: int = 1) -> Iterator[None]:
+        """Keep the daemon at a point; :meth:`reached` says when it is there."""
+        self.order(Order("hold", name, nth, side))
+        try:
+            yield
+        finally:
+            self.let_go()
+
+    def reached(self) -> None:
+        wait_for(self.control.with_suffix(".reached").exists, "the daemon's arrival at its point", 30)
+
+    def let_go(self) -> None:
+        self.control.with_suffix(".go").touch()
+        self.disarm()
+
+    def restart(self) -> None:
+        """Start the daemon again after its death, and return when all that can be settled is."""
+        self.daemon.wait_dead(10)
+        self.daemon.start(str(self.control))
+        self.daemon.settled(60)
+
+    # -- what the catalog says --------------------------------------------------------------------
+
+    def query(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
+        """Return committed rows of the daemon's catalog, whoever has it open."""
+        path = self.daemon.directory / "state" / "catalog.db"
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10)) as connection:
+            return connection.execute(sql, values).fetchall()
+
+    def snapshots(self) -> list[str]:
+        """Return all snapshots' ids, oldest first."""
+        return [str(row[0]) for row in self.query("SELECT id FROM snapshots ORDER BY number")]
+
+    def events(self, key: str, value: str) -> list[str]:
+        """Return the types of the events whose payload says so."""
+        rows = self.query("SELECT type, payload FROM events ORDER BY sequence")
+        return [str(kind) for kind, payload in rows if json.loads(payload).get(key) == value]
+
+    def bitmap_of(self, disk: CrashDisk) -> str | None:
+        """Return the bitmap that the catalog expects on a disk."""
+        rows = self.query("SELECT bitmap FROM disks WHERE target = ?", disk.target)
+        return None if not rows else rows[0][0]
+
+    # -- what must hold ---------------------------------------------------------------------------
+
+    def capture(self, disks: Sequence[CrashDisk], **options: Any) -> None:
+        """Make snapshots, as a group if there are several, and return when all is settled."""
+        group = len(disks) > 1
+        self.daemon.snapshot(self.guest.name, [disk.target for disk in disks], group=group, **options)
+
+    def check(self, new: Sequence[str], *, method: str = "bitmap", consistent: bool = True) -> None:
+        """Check all that must hold once a crash has been recovered from; the guest runs, and does not write any more.
+
+        ``new`` are the snapshots made since the last check, in whatever state. ``method`` is how the next capture of
+        a disk that has a chain must find its blocks; ``consistent``: its bitmaps are whole.
+        """
+        self.check_guest()
+        self.check_nothing_left(consistent=consistent)
+        accomplished = self.check_snapshots(new)
+        self.check_disks()
+        self.check_next(method)
+        for disk in self.disks:
+            for snapshot in accomplished.get(disk.target, ()):
+                self.check_unchanged(disk, snapshot)
+
+    def check_guest(self) -> None:
+        """It runs, unfrozen, on its own images, and starts from them next time."""
+        domain = self.guest.domain()
+        assert domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+        answer = libvirt_qemu.qemuAgentCommand(domain, '{"execute": "guest-fsfreeze-status"}', 5, 0)
+        assert json.loads(answer)["return"] == "thawed"
+        assert self.guest.run("echo x > /mnt/x && sync && cat /mnt/x", 10) == "x"
+        self.check_definitions()
+
+    def check_definitions(self) -> None:
+        domain = self.guest.domain()
+        for flags in (0, libvirt.VIR_DOMAIN_XML_INACTIVE):
+            root = ElementTree.fromstring(domain.XMLDesc(flags))
+            found = [str(source.get("file")) for source in root.findall("devices/disk/source")]
+            assert found[: len(self.disks)] == [str(disk.path) for disk in self.disks]
+            assert not root.findall("devices/disk/mirror")
+
+    def check_nothing_left(self, *, consistent: bool = True) -> None:
+        """No job, overlay, export, process, temporary file; and of bitmaps the expected ones alone."""
+        left = [name for name in os.listdir(self.directory) if name.endswith((".overlay", ".scratch", ".hvsnap"))]
+        assert not left
+        assert self.guest.qmp("query-block-jobs") == self.guest.qmp("query-jobs") == []
+        nodes = self.guest.qmp("query-named-block-nodes", flat=True)
+        assert not [node for node in nodes if ".overlay" in node.get("file", "")]
+        assert not host_pids("qemu-nbd", str(self.directory))
+        assert not list(self.daemon.directory.glob("run/nbd/*"))
+        temporaries = self.daemon.store / ".tmp"
+        assert not temporaries.exists() or not os.listdir(temporaries)
+        for disk in self.disks:
+            found = {
+                one["name"]: one for node in nodes if node.get("file") == str(disk.path) and node["drv"] == disk.format
+                for one in node.get("dirty-bitmaps", [])
+            }  # fmt: skip
+            expected = self.bitmap_of(disk)
+            assert set(found) <= {expected}, f"bitmaps of {disk.target}: {sorted(found)} instead of {expected}"
+            if consistent and disk.format == "qcow2":
+                assert set(found) == ({expected} - {None})
+            assert not consistent or not any(one.get("inconsistent") for one in found.values())
+
+    def check_snapshots(self, new: Sequence[str]) -> dict[str, list[str]]:
+        """Every snapshot ended once, was told of once, and holds an instant of its disk if it is accomplished."""
+        accomplished: dict[str, list[str]] = {}
+        for snapshot in new:
+            info = self.daemon.info(snapshot)
+            assert info.state in ("accomplished", "failed"), info
+            told = [kind for kind in self.events("snapshot", snapshot) if kind.startswith("snapshot.")]
+            assert told == ["snapshot.created", f"snapshot.{info.state}"], told
+            disk = next(disk for disk in self.disks if disk.target == info.target)
+            if info.state == "accomplished":
+                accomplished.setdefault(disk.target, []).append(snapshot)
+                restored = np.frombuffer(self.daemon.restored(snapshot, self.directory), np.uint8)
+                instant_in_log(restored, disk.replica.data, [*disk.log, *disk.coming])
+                disk.states[snapshot] = hashlib.sha256(restored.tobytes()).hexdigest()
+            else:
+                assert info.error
+        return accomplished
+
+    def check_disks(self) -> None:
+        """Every operation that was acknowledged is there, and nothing else but what was under way."""
+        for number, disk in enumerate(self.disks):
+            if self.guest.active:
+                self.guest.qemu_io(number, "flush")
+            seen = converted(disk.path, disk.format, self.directory)
+            if disk.coming:
+                done = instant_in_log(seen, disk.replica.data, [*disk.log, *disk.coming])
+                assert done >= len(disk.log), f"{disk.target}: only {done} of {len(disk.log)} acknowledged operations"
+                disk.replica = Replica(seen)
+            else:
+                for one in disk.log:
+                    disk.replica.apply(one)
+                disk.replica.check(seen, f"disk {disk.target} after {len(disk.log)} operations")
+            disk.log, disk.coming = [], []
+
+    def check_next(self, method: str = "bitmap") -> None:
+        """The next captures succeed, in the expected way, and hold exactly what the disks hold."""
+        for disk in self.disks:
+            chain = self.query("SELECT head FROM disks WHERE target = ? AND head IS NOT NULL", disk.target)
+            (made,) = self.daemon.snapshot(self.guest.name, [disk.target])
+            expected = (method if disk.format == "qcow2" else "rescan") if chain else "full"
+            assert made.method == expected, f"{made.method} instead of {expected}: {made.reason}"
+            assert made.method != "rescan" or made.reason
+            restored = np.frombuffer(self.daemon.restored(made.id, self.directory), np.uint8)
+            check_same(restored, disk.replica.data, f"the next snapshot of {disk.target}")
+            disk.states[made.id] = hashlib.sha256(restored.tobytes()).hexdigest()
+
+    def check_unchanged(self, disk: CrashDisk, snapshot: str) -> None:
+        """A snapshot restores to what it did before."""
+        restored = self.daemon.restored(snapshot, self.directory)
+        assert hashlib.sha256(restored).hexdigest() == disk.states[snapshot]
+
+    def check_all_unchanged(self) -> None:
+        for disk in self.disks:
+            for snapshot in disk.states:
+                self.check_unchanged(disk, snapshot)
+
+
+TOOLS = ("image.", "nbd.", "switch_", "commit_", "bitmap_", "freeze", "thaw", "redefine", "object.")
+
+
+def with_during(points: Sequence[tuple[str, int, str]], random: Random) -> list[Order]:
+    """Return the orders to kill at each of these points and, where a call takes time, in the middle of it."""
+    orders = [Order("kill", name, nth, side) for name, nth, side in points]
+    orders += [
+        Order("kill", name, nth, "during", round(random.uniform(0.0005, 0.02), 4))
+        for name, nth, side in points
+        if side == "before" and name.startswith(TOOLS)
+    ]
+    return orders
+
+
+def chosen(orders: Sequence[Order], count: int, random: Random) -> list[Order]:
+    """Return all orders if HVSNAP_TEST_ALL is set, else a sample that takes every kind of call before any twice."""
+    orders = random.sample(list(orders), len(orders))
+    if os.environ.get("HVSNAP_TEST_ALL"):
+        return orders
+    seen: set[str] = set()
+    first = [one for one in orders if not (one.name in seen or seen.add(one.name))]  # type: ignore[func-returns-value]
+    return (first + [one for one in orders if one not in first])[:count]
+
+
+def load_file(path: Path) -> Bytes:
+    return load(path)
+
+
+__all__ = ["CrashDisk", "CrashRig", "batch", "chosen", "load_file", "wire", "with_during"]

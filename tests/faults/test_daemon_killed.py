@@ -1,0 +1,99 @@
+"""The daemon is killed at every point of its captures: afterwards all is as if nothing had happened, or nothing had."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from random import Random
+
+import pytest
+
+from tests.faults.crash_rig import CrashRig, chosen, with_during
+from tests.faults.killing_daemon import Order
+from tests.guest.image import GuestImage
+from tests.guest.libvirtd import Libvirtd
+
+SEED = int(os.environ.get("E2E_SEED", "20260714"))
+
+
+def cycle(rig: CrashRig, order: Order, disks: int, *, fresh: bool = False) -> bool:
+    """Kill the daemon once, and look at everything; False if it did not come by the point (a directory was there)."""
+    if fresh:
+        rig.check_nothing_left()
+        rig.daemon.stop()
+        for disk in rig.disks:
+            (name,) = {rig.bitmap_of(disk)}
+            if name is not None:
+                node = next(
+                    n for n in rig.guest.qmp("query-named-block-nodes", flat=True)
+                    if n.get("file") == str(disk.path) and n["drv"] == disk.format
+                )  # fmt: skip
+                rig.guest.qmp("block-dirty-bitmap-remove", node=node["node-name"], name=name)
+            disk.states.clear()
+        rig.daemon = rig.new_daemon().start(str(rig.control))
+        known: set[str] = set()
+    else:
+        known = set(rig.snapshots())
+    rig.write_on()
+    died = rig.crash_at(order, lambda: rig.capture(rig.disks[:disks]))
+    if died:
+        rig.written(4)  # the guest is not held up by a daemon that is no more
+        rig.restart()
+    rig.daemon.settled()
+    rig.stop_writing()
+    rig.check([one for one in rig.snapshots() if one not in known])
+    return died
+
+
+def sweep(libvirtd: Libvirtd, image: GuestImage, disks: int, count: int, *, fresh: bool = False, **config: str) -> None:
+    """Kill at all points of a capture, or at some of them, and report every one that went wrong."""
+    random = Random(f"{SEED} {disks} {fresh}")
+    wrong: list[str] = []
+    rig: CrashRig | None = None
+    orders: Sequence[Order] | None = None
+    done = died = 0
+    try:
+        while orders is None or done < len(orders):
+            if rig is None:
+                rig = CrashRig(libvirtd, image, formats=("qcow2",) * disks, **config).__enter__()
+                if not fresh:
+                    rig.capture(rig.disks)
+            if orders is None:
+                rig.write_on()
+                points = rig.trace(lambda: rig.capture(rig.disks))  # noqa: B023
+                rig.stop_writing()
+                rig.check_disks()
+                orders = chosen(with_during(points, random), count, random)
+                print(f"seed {SEED}: {len(points)} points, {len(orders)} kills")
+            order = orders[done]
+            done += 1
+            try:
+                died += cycle(rig, order, disks, fresh=fresh)
+            except Exception as error:
+                tail = rig.daemon.log.read_text()[-1500:]
+                wrong.append(f"{order}: {type(error).__name__}: {error}\n{tail}")
+                print(wrong[-1])
+                rig.__exit__()
+                rig = None
+        if rig is not None:
+            rig.check_all_unchanged()
+    finally:
+        if rig is not None:
+            rig.__exit__()
+    print(f"{died} of {done} kills came about")
+    if died < done * 0.7:
+        wrong.append("too few points were passed for what this is to prove")
+    if wrong:
+        pytest.fail(f"seed {SEED}: {len(wrong)} of {done} kills went wrong:\n" + "\n".join(wrong))
+
+
+def test_killed_anywhere_in_a_full_capture(libvirtd: Libvirtd, guest_image: GuestImage) -> None:
+    sweep(libvirtd, guest_image, 1, 4, fresh=True)
+
+
+def test_killed_anywhere_in_an_incremental_capture(libvirtd: Libvirtd, guest_image: GuestImage) -> None:
+    sweep(libvirtd, guest_image, 1, 12)
+
+
+def test_killed_anywhere_in_a_capture_of_a_group(libvirtd: Libvirtd, guest_image: GuestImage) -> None:
+    sweep(libvirtd, guest_image, 2, 8)
