@@ -6,13 +6,14 @@ A fault is put in by replacing one function of the product in the daemon's own p
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import numpy as np
 
-from hvsnap.capture import plan, record
+from hvsnap.capture import capture, plan, record
 from hvsnap.capture.blockset import BlockSet
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.hypervisor.libvirt import LibvirtHypervisor
@@ -154,6 +155,17 @@ def bitmap_ignored_in_rollback() -> None:
         return BlockSet(found.blocks)
 
     Rollback._from_bitmap = broken  # type: ignore[method-assign]
+
+
+@fault
+def offline_lock_missing() -> None:
+    """Images are read offline without keeping their guest from starting."""
+
+    @contextlib.asynccontextmanager
+    async def broken(_paths: Any) -> AsyncIterator[None]:
+        yield
+
+    capture.images_locked = broken
 
 
 @fault

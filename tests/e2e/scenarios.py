@@ -6,10 +6,12 @@ against the product and against deliberately broken ones.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 from random import Random
 
+import libvirt
 import numpy as np
 
 from tests.e2e.oracle import BLOCK, SECTOR, Mismatch, Operation, check_same
@@ -121,17 +123,38 @@ def on_template(rig: Rig, disk: TestDisk, template: Path) -> None:
     rig.check_snapshots(disk)
 
 
+def started_while_read(rig: Rig, disk: TestDisk) -> None:
+    """The guest is off, its image is read; it is started and writes, or cannot be: the image read is of one instant."""
+    rig.guest.destroy()
+    rig.do(disk, write(0, 40 * BLOCK, 18))
+    with rig.daemon.gate("read") as gate:
+        made = rig.daemon.begin(rig.guest.name, [disk.target])
+        gate.reached(made[0].id)
+        before = rig.present(disk)
+        with contextlib.suppress(libvirt.libvirtError):
+            rig.guest.start()
+            rig.do(disk, write(0, 40 * BLOCK, 19))
+            rig.flush(disk)
+        gate.open()
+        (ended,) = rig.daemon.ended(made)
+        rig.daemon.settled(rig.settle_timeout_s)
+    if ended.state == "accomplished":
+        check_same(rig.restored(made[0].id), before, "an image at rest")
+    rig.guest.start()
+    rig.do(disk, write(BLOCK, 40, 20))
+    rig.capture([disk])
+    rig.check_snapshots(disk)
+
+
 def damaged_store(rig: Rig, disk: TestDisk) -> None:
     """A bit of a stored block turns: the snapshot is refused rather than restored wrongly."""
     rig.do(disk, Operation("write", BLOCK, 8 * BLOCK, np.frombuffer(Random(18).randbytes(8 * BLOCK), np.uint8)))
     (made,) = rig.capture([disk])
-    packs = sorted(
-        (path for path in rig.daemon.store.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
-    )
-    data = bytearray(packs[-1].read_bytes())
+    (pack,) = [path for path in rig.daemon.store.glob("packs/**/*") if path.is_file()]
+    data = bytearray(pack.read_bytes())
     data[len(data) // 2] ^= 1
-    packs[-1].chmod(0o600)
-    packs[-1].write_bytes(data)
+    pack.chmod(0o600)
+    pack.write_bytes(data)
     target = rig.scratch / "damaged.raw"
     task = rig.daemon.create_disk(made.id, target, "raw")
     if task.state == "accomplished":

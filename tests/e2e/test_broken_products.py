@@ -33,6 +33,7 @@ SHOWN_BY: dict[str, tuple[str, Callable[[Rig, TestDisk], None]]] = {
     "commit_while_reading": ("raw", scenarios.written_during),
     "carry_forgotten": ("qcow2", scenarios.head_deleted),
     "bitmap_ignored_in_rollback": ("qcow2", scenarios.rolled_back),
+    "offline_lock_missing": ("raw", scenarios.started_while_read),
     "digest_unchecked": ("qcow2", scenarios.damaged_store),
     "commit_into_lowest": ("template", lambda rig, disk: scenarios.on_template(rig, disk, template_of(rig))),
 }

@@ -227,18 +227,6 @@ def test_foreign_bitmap_of_our_name_is_not_believed(shelf: Shelf, options: dict[
     loses_its_bitmap(shelf.rig, shelf.take("qcow2"), replace, "not the one that was made")
 
 
-def test_bitmap_disabled_for_a_while_is_not_believed(shelf: Shelf) -> None:
-    """It looks right again at the time of the capture: what was written meanwhile is missing in it."""
-    rig, disk = shelf.rig, shelf.take("qcow2")
-    rig.do(disk, write(0, 30 * BLOCK, 1))
-    rig.capture([disk])
-    (name,) = [one for one in rig.bitmaps(disk) if one.startswith("hvsnap-")]
-    node = rig.format_node(disk)
-    rig.qmp("block-dirty-bitmap-disable", node=node, name=name)
-    (made,) = rig.capture([disk])
-    assert made.method == "rescan"
-
-
 def test_guest_killed_leaves_an_inconsistent_bitmap_and_a_rescan(make_rig: Callable[..., Rig], workdir: Path) -> None:
     rig = make_rig([DiskSpec(make_image(workdir / "a.qcow2", str(SIZE)))])
     (disk,) = rig.disks
@@ -440,28 +428,7 @@ def test_paused_guest_is_captured_and_stays_paused(make_rig: Callable[..., Rig],
 
 @pytest.mark.parametrize("kind", ["qcow2", "raw"])
 def test_guest_started_while_its_image_is_read_cannot_change_what_is_read(off: Shelf, kind: str) -> None:
-    rig, disk = off.rig, off.take(kind)
-    with rig.daemon.gate("read") as gate:
-        made = rig.daemon.begin(rig.guest.name, [disk.target])
-        gate.reached(made[0].id)
-        before = rig.present(disk)
-        started = True
-        try:
-            rig.guest.start()
-        except libvirt.libvirtError:
-            started = False
-        if started:
-            rig.do(disk, write(0, 40 * BLOCK, 11))
-        gate.open()
-        (ended,) = rig.daemon.ended(made)
-        rig.daemon.settled()
-    if ended.state == "accomplished":
-        check_same(rig.restored(made[0].id), before, "an image at rest")
-    if not started:
-        rig.guest.start()
-    rig.do(disk, write(BLOCK, 40, 12))
-    rig.capture([disk])
-    rig.check_snapshots(disk)
+    scenarios.started_while_read(off.rig, off.take(kind))
 
 
 def begin_rollback(rig: Rig, disk: TestDisk, snapshot_id: str) -> wire.Task:
