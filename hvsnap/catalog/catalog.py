@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvsnap.catalog import chain, rows
+from hvsnap.catalog import chain, policies, rows
 from hvsnap.catalog.blocks import Blocks
 from hvsnap.catalog.chain import IndexArray, Page
 from hvsnap.catalog.db import Database, Row, settled
@@ -27,6 +27,7 @@ from hvsnap.catalog.transaction import Transaction
 from hvsnap.catalog.upkeep import Upkeep
 from hvsnap.errors import DiskUnknown, NotFound, SnapshotUnknown
 from hvsnap.model import BlockPlace, Disk, DiskId, Event, GuestUuid, Operation, OperationId, Snapshot, SnapshotId, State
+from hvsnap.policy import Policy
 from hvsnap.ports import Clock, UInt64Array
 
 VIEWS_AT_ONCE = 16
@@ -223,11 +224,21 @@ class Catalog:
         async with self._db.scan() as reader:
             ids = {number: SnapshotId(name) for number, name in await reader.read("SELECT number, id FROM snapshots")}
             last = (0, -1)
-            while batch := await reader.read(sql, (*last, VIEWS_AT_ONCE)):
+            while batch := await reader.read(sql, (*last, REFERENCES_AT_ONCE)):
                 last = (batch[-1][0], batch[-1][1])
                 pages = await asyncio.to_thread(_decode_rows, [row[1:] for row in batch])
                 for row, (page, entries) in zip(batch, pages, strict=True):
                     yield ids[row[0]], page, entries
+
+    # -- policies ---------------------------------------------------------------------------------
+
+    async def policies(self) -> list[Policy]:
+        """Return all policies, by name."""
+        return await policies.read_all(self._db)
+
+    async def schedule_checked(self) -> float | None:
+        """Return until when policies have been looked at; None before the first look."""
+        return await policies.read_checked(self._db)
 
     # -- bare guests ------------------------------------------------------------------------------
 
@@ -289,16 +300,16 @@ class Catalog:
 
 
 def _block_ids(blobs: list[bytes]) -> UInt64Array:
-    return np.concatenate([chain.decode(blob).block for blob in blobs])
+    return np.concatenate([page.block for page in chain.decode_many(blobs)])
 
 
 def _decode_rows(found: list[Row]) -> list[tuple[int, Page]]:
-    return [(page, chain.decode(entries)) for page, entries in found]
+    return list(zip([page for page, _ in found], chain.decode_many([blob for _, blob in found]), strict=True))
 
 
 def _lay_over_rows(found: list[Row]) -> dict[int, UInt64Array]:
     """Return the views of rows ``(page, entries)`` that come page by page, oldest first."""
+    decoded = _decode_rows(found)
     return {
-        page: chain.lay_over(chain.decode(entries) for _page, entries in group)
-        for page, group in groupby(found, key=itemgetter(0))
+        page: chain.lay_over(entries for _page, entries in group) for page, group in groupby(decoded, key=itemgetter(0))
     }

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -76,27 +77,81 @@ def encode(page: Page) -> bytes:
 
 def decode(blob: bytes) -> Page:
     """Return the page of :func:`encode`; anything else is :class:`CatalogFailed`."""
+    return decode_many([blob])[0]
+
+
+def decode_many(blobs: Sequence[bytes]) -> list[Page]:
+    """Return the pages of :func:`encode`, in the order given; anything else is :class:`CatalogFailed`.
+
+    numpy is asked once for all of them: a chain has thousands of small pages, and each call costs as much as ten of
+    their entries. 16.7 million entries in 260,000 pages: 8 s one by one, 2 s together.
+    """
+    forms: dict[int, list[int]] = {}
+    for position, blob in enumerate(blobs):
+        forms.setdefault(_checked_form(blob), []).append(position)
+    pages: list[Page] = [EMPTY] * len(blobs)
+    for form, positions in forms.items():
+        bodies = [memoryview(blobs[position])[_HEAD.size :] for position in positions]
+        for position, page in zip(positions, _decode_form(form, bodies), strict=True):
+            pages[position] = page
+    return pages
+
+
+def _checked_form(blob: bytes) -> int:
+    """Return a blob's form, once its checksum and its length have shown that it is one."""
     if len(blob) < _HEAD.size:
         raise _damaged(f"it has {len(blob)} bytes")
     form, checksum = _HEAD.unpack_from(blob)
-    body = memoryview(blob)[_HEAD.size :]
-    if zlib.crc32(body, form) != checksum:
+    if zlib.crc32(memoryview(blob)[_HEAD.size :], form) != checksum:
         raise _damaged("its checksum is wrong")
-    id_type = np.dtype("<u8" if form & _WIDE else "<u4")
-    entry_bytes = (4 if form & _RUNS else 2) + id_type.itemsize
-    count, rest = divmod(len(body), entry_bytes)
-    if form & ~(_RUNS | _WIDE) or rest or count > PAGE_BLOCKS:
-        raise _damaged(f"form {form} with {len(body)} bytes")
-    index = np.frombuffer(body, "<u2", count).astype(np.uint16)
-    block = np.frombuffer(body, id_type, count, offset=len(body) - count * id_type.itemsize).astype(np.uint64)
+    count, rest = divmod(len(blob) - _HEAD.size, _entry_bytes(form))
+    if form & ~(_RUNS | _WIDE) or rest or count > PAGE_BLOCKS or (form & _RUNS and not count):
+        raise _damaged(f"form {form} with {len(blob)} bytes")
+    return int(form)
+
+
+def _entry_bytes(form: int) -> int:
+    return (4 if form & _RUNS else 2) + (8 if form & _WIDE else 4)
+
+
+def _decode_form(form: int, bodies: Sequence[memoryview]) -> list[Page]:
+    """Return the pages of bodies of one form."""
+    counts = np.array([len(body) // _entry_bytes(form) for body in bodies])
+    starts = np.cumsum(counts) - counts
+    index = _column(bodies, counts, 0, 2, "<u2").astype(np.uint16)
+    wide = form & _WIDE
+    block = _column(bodies, counts, 4 if form & _RUNS else 2, 8 if wide else 4, "<u8" if wide else "<u4")
+    block = block.astype(np.uint64)
     if form & _RUNS:
-        lengths = np.frombuffer(body, "<u2", count, offset=2 * count).astype(np.int64) + 1
+        lengths = _column(bodies, counts, 2, 2, "<u2").astype(np.int64) + 1
+        counts = np.add.reduceat(lengths, starts)
+        if (counts > PAGE_BLOCKS).any() or (index + lengths > PAGE_BLOCKS).any():
+            raise _damaged("its runs are longer than a page")
         index, block = _unroll(index, lengths, block)
-    page = Page(index, block)
-    wrong = _wrong(page)
-    if wrong:
-        raise _damaged(wrong)
-    return page
+        starts = np.cumsum(counts) - counts
+    _check_order(index, block, starts[counts > 0])
+    parts = zip(starts.tolist(), (starts + counts).tolist(), strict=True)
+    return [Page(index[start:end], block[start:end]) for start, end in parts]
+
+
+def _column(
+    bodies: Sequence[memoryview], counts: npt.NDArray[np.int64], before: int, size: int, kind: str
+) -> npt.NDArray[Any]:
+    """Return one column of all bodies: items of ``size`` bytes, after ``before`` bytes an entry of other columns."""
+    parts = [body[before * n : (before + size) * n] for body, n in zip(bodies, counts.tolist(), strict=True)]
+    return np.frombuffer(b"".join(parts), kind)
+
+
+def _check_order(index: IndexArray, block: UInt64Array, starts: npt.NDArray[np.int64]) -> None:
+    """Check the entries of pages that begin at ``starts``, one behind the other."""
+    if not index.size:
+        return
+    falls = index[1:] <= index[:-1]
+    falls[starts[1:] - 1] = False
+    if falls.any() or int(index.max()) >= PAGE_BLOCKS:
+        raise _damaged("its indexes are out of order or out of the page")
+    if int(block.max()) > _BLOCK_MAX:
+        raise _damaged("a block id is out of range")
 
 
 def encode_indexes(index: IndexArray) -> bytes:
@@ -129,11 +184,8 @@ def _run_starts(page: Page) -> npt.NDArray[np.bool_]:
 
 
 def _unroll(start: IndexArray, lengths: npt.NDArray[np.int64], first: UInt64Array) -> tuple[IndexArray, UInt64Array]:
-    """Return the entries of runs; raises :class:`CatalogFailed` when they do not fit into a page."""
-    total = int(lengths.sum())
-    if total > PAGE_BLOCKS or (start + lengths > PAGE_BLOCKS).any():
-        raise _damaged("its runs are longer than a page")
-    offset = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    """Return the entries of runs."""
+    offset = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     index = (np.repeat(start, lengths) + offset).astype(np.uint16)
     block = np.repeat(first, lengths)
     return index, np.where(block == ZERO_BLOCK, block, block + offset.astype(np.uint64))

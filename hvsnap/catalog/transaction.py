@@ -6,11 +6,12 @@ import json
 import uuid
 from typing import Any
 
-from hvsnap.catalog import chain, deletion, rows
+from hvsnap.catalog import chain, deletion, policies, rows
 from hvsnap.catalog.chain import IndexArray, Page
 from hvsnap.catalog.db import Cursor
 from hvsnap.errors import DiskUnknown, NotFound, SnapshotUnknown
 from hvsnap.model import Disk, DiskId, Event, GuestUuid, Operation, OperationId, Snapshot, SnapshotId, new_id
+from hvsnap.policy import Policy, PolicyId
 from hvsnap.ports import Clock
 
 IN_MANIFEST = {"name", "description", "tags", "expires_at", "retention", "locked_until"}
@@ -90,6 +91,20 @@ class Transaction:
     async def clear_carry(self, disk: DiskId) -> None:
         """Forget them: a capture has read them, or the disk was rolled back."""
         await self._cursor.execute("DELETE FROM carry WHERE disk = ?", (disk,))
+
+    # -- policies ---------------------------------------------------------------------------------
+
+    async def put_policy(self, policy: Policy) -> None:
+        """Add a policy, or write it anew."""
+        await policies.put(self._cursor, policy)
+
+    async def remove_policy(self, policy: PolicyId) -> None:
+        """Remove a policy; its disks have none from then on. Raises :class:`NotFound`."""
+        await policies.remove(self._cursor, policy)
+
+    async def schedule_checked(self, moment: float) -> None:
+        """Note until when policies have been looked at."""
+        await policies.put_checked(self._cursor, moment)
 
     # -- journal ----------------------------------------------------------------------------------
 

@@ -20,10 +20,11 @@ from hvsnap.catalog.catalog import Catalog
 from hvsnap.catalog.chain import Page
 from hvsnap.model import ZERO_BLOCK, Snapshot, SnapshotId, State
 from hvsnap.ports import UInt64Array
+from hvsnap.store.idset import IdCounts, IdSet
 from hvsnap.upkeep.affected import side_by_side
 
-Counts = npt.NDArray[np.uint32]
-"""How many entries refer to each block, by block id: ``uint32[highest id + 1]``."""
+Counts = IdCounts
+"""How many entries refer to each block."""
 
 LOOKUP_BLOCKS = 10_000
 """Blocks whose sizes are asked for in one query."""
@@ -75,29 +76,25 @@ def freed_blocks(counts: Counts, changes: Iterable[Change]) -> UInt64Array:
     ids, place = np.unique(np.concatenate((removed, added)), return_inverse=True)
     less = np.bincount(place[: removed.size], minlength=ids.size)
     more = np.bincount(place[removed.size :], minlength=ids.size)
-    free: npt.NDArray[np.bool_] = (ids != ZERO_BLOCK) & (counts[ids].astype(np.int64) - less + more == 0)
+    free: npt.NDArray[np.bool_] = (ids != ZERO_BLOCK) & (counts.of(ids).astype(np.int64) - less + more == 0)
     return ids[free].astype(np.uint64)
 
 
 async def count_references(catalog: Catalog) -> Counts:
     """Count the entries of all chains that refer to each block."""
-    counts = np.zeros(await catalog.next_block_id(), np.uint32)
-    async for _snapshot, _page, entries in catalog.all_entries():
-        highest = int(entries.block.max(initial=0))
-        if highest >= counts.size:  # a capture has stored more meanwhile
-            counts = np.concatenate((counts, np.zeros(highest + 1 - counts.size, np.uint32)))
-        np.add.at(counts, entries.block, 1)
+    counts = IdCounts()
+    async for ids in catalog.all_references():
+        await asyncio.to_thread(counts.add, ids)
     return counts
 
 
 async def chain_blocks(catalog: Catalog, names: Iterable[SnapshotId]) -> UInt64Array:
     """Return the ids of the blocks that the snapshots of a chain hold, each once; zeroes are none."""
-    used = np.zeros(await catalog.next_block_id(), np.bool_)
+    used = IdSet()
     for name in names:
         async for _page, entries in catalog.own_pages(name):
-            used[entries.block] = True
-    used[:1] = False
-    return np.flatnonzero(used).astype(np.uint64)
+            used.add(entries.block)
+    return used.array()
 
 
 async def stored_bytes(catalog: Catalog, ids: UInt64Array) -> int:

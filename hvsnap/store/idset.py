@@ -68,6 +68,14 @@ class IdSet:
                 found[mine] = (piece[byte] >> bit) & 1
         return found
 
+    def array(self) -> UInt64Array:
+        """Return all ids, ascending."""
+        parts = [np.zeros(0, np.uint64)]
+        for number in sorted(self._pieces):
+            bits = np.unpackbits(self._pieces[number], bitorder="little")
+            parts.append(np.flatnonzero(bits).astype(np.uint64) + np.uint64(number * PIECE_IDS))
+        return np.concatenate(parts)
+
     def count(self, start: int, end: int) -> int:
         """Return how many ids there are from ``start`` to before ``end``, both multiples of 8 within one piece."""
         piece = self._pieces.get(start // PIECE_IDS)
@@ -75,6 +83,30 @@ class IdSet:
             return 0
         first = start % PIECE_IDS // 8
         return int(_COUNTS[piece[first : first + (end - start) // 8]].sum())
+
+
+class IdCounts:
+    """How often each block id was added, 0 included; takes memory only where there are ids."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[int, npt.NDArray[np.uint32]] = {}
+
+    def add(self, ids: UInt64Array) -> None:
+        """Count ids, in any order, any of them several times."""
+        for number, inside in _by_piece(ids):
+            if number not in self._pieces:
+                self._pieces[number] = np.zeros(PIECE_IDS, np.uint32)
+            self._pieces[number] += np.bincount(inside, minlength=PIECE_IDS).astype(np.uint32)
+
+    def of(self, ids: UInt64Array) -> npt.NDArray[np.uint32]:
+        """Return how often each of these ids was added, ``uint32[n]``."""
+        found = np.zeros(ids.size, np.uint32)
+        numbers = ids >> _SHIFT
+        for number in np.unique(numbers).tolist():
+            if number in self._pieces:
+                mine = numbers == number
+                found[mine] = self._pieces[number][(ids[mine] & _MASK).astype(np.intp)]
+        return found
 
 
 def _by_piece(ids: UInt64Array) -> Iterable[tuple[int, npt.NDArray[np.intp]]]:

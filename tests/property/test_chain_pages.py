@@ -40,6 +40,12 @@ def test_a_page_survives_its_form_as_bytes(entries: dict[int, int]) -> None:
     assert len(blob) <= 5 + 10 * len(entries)
 
 
+@given(st.lists(entries_of_a_page, max_size=9))
+def test_many_pages_are_decoded_as_each_of_them(pages: list[dict[int, int]]) -> None:
+    blobs = [chain.encode(a_page(entries)) for entries in pages]
+    assert [as_dict(page) for page in chain.decode_many(blobs)] == pages
+
+
 @given(entries_of_a_page, st.data())
 @settings(max_examples=200)
 def test_no_flipped_bit_goes_unnoticed(entries: dict[int, int], data: st.DataObject) -> None:
