@@ -7,10 +7,11 @@ import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 
 from hvsnap.capture.pipeline import Meter
 from hvsnap.catalog.catalog import Catalog
-from hvsnap.errors import BadRequest, Failed, NoSpace, Refused, TargetExists
+from hvsnap.errors import BadRequest, Failed, HvsnapError, NoSpace, Refused, TargetExists
 from hvsnap.happenings import EventType
 from hvsnap.hypervisor import images
 from hvsnap.hypervisor.nbd_server import serve_image
@@ -21,6 +22,14 @@ from hvsnap.store.blocks import PackedBlocks
 
 KIND = "disk-create"
 FORMATS = ("qcow2", "raw")
+
+
+class Step(StrEnum):
+    """What is done next of a new disk. ``NAMED`` is nothing to do: it is whole, under its own name."""
+
+    WRITING = "writing"
+    NAMING = "giving it its name"
+    NAMED = "named"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,23 +71,48 @@ def check_space(path: str, needed_bytes: int) -> None:
 
 def _publish(temporary: str, path: str) -> None:
     """Make a finished file durable under its name, never over another one. Blocking."""
-    fd = os.open(temporary, os.O_RDONLY)
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    try:
+        fd = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
         os.link(temporary, path, follow_symlinks=False)
     except FileExistsError as error:
         raise TargetExists(f"{path} was created by somebody else meanwhile") from error
     except OSError as error:
         raise Failed(f"{path} cannot be created: {error.strerror}") from error
-    os.unlink(temporary)
+    try:
+        os.unlink(temporary)
+        _sync_directory(path)
+    except OSError as error:
+        # Nobody may take for durable what is not.
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise Failed(f"{path} cannot be made durable: {error.strerror}") from error
+
+
+def _sync_directory(path: str) -> None:
+    """Make a file's name durable. Blocking."""
     directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _was_published(temporary: str, path: str) -> bool:
+    """Whether a file that was about to get its name has it; the name is durable then. Blocking.
+
+    The temporary name goes last: without it the file has its own, with it both may name the same file.
+    """
+    try:
+        published = os.path.samestat(os.lstat(temporary), os.lstat(path))
+    except FileNotFoundError:
+        published = not os.path.lexists(temporary) and os.path.lexists(path)
+    if published:
+        _sync_directory(path)
+    return published
 
 
 class DiskMaker:
@@ -113,21 +147,36 @@ class DiskMaker:
         disk = await self._catalog.disk(snapshot.disk)
         payload = {"snapshot": snapshot.id, "disk": disk.id, "guest": disk.guest_name, "path": path}
         async with self._catalog.write() as tx:
-            facts = {"target": path, "snapshot": snapshot.id}
-            operation = await tx.open_operation(KIND, disk.guest_uuid, "writing", facts)
+            facts = {"target": path, "snapshot": snapshot.id, "payload": payload}
+            operation = await tx.open_operation(KIND, disk.guest_uuid, Step.WRITING, facts)
             temporary = os.path.join(directory, f".{name[:200]}.{operation.id}.hvsnap")
-            await tx.step(operation.id, "writing", temporary=temporary)
+            await tx.step(operation.id, Step.WRITING, temporary=temporary)
         meter = Meter(snapshot.id, blocks * self._store.block_size, report)
         try:
             await self._write(snapshot, temporary, image_format, meter)
-            await asyncio.to_thread(_publish, temporary, path)
-            async with self._catalog.write() as tx:
-                await tx.emit(EventType.DISK_CREATED, payload)
-                await tx.close_operation(operation.id)
         except BaseException as error:
             await asyncio.shield(self._give_up(operation.id, temporary, payload, str(error) or type(error).__name__))
             raise
+        # From here on it comes to its end, even for a caller that is cancelled: a name cannot be half given.
+        naming = asyncio.ensure_future(self._name(operation.id, temporary, path, payload))
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.shield(naming)
+        await asyncio.wait([naming])
+        naming.result()
         return NewDisk(path, image_format, snapshot.size_bytes, blocks * self._store.block_size)
+
+    async def _name(self, operation: OperationId, temporary: str, path: str, payload: dict[str, str]) -> None:
+        """Publish the disk and tell of it. If telling fails, the entry stays for the recovery to tell."""
+        try:
+            async with self._catalog.write() as tx:
+                await tx.step(operation, Step.NAMING)
+            await asyncio.to_thread(_publish, temporary, path)
+        except HvsnapError as error:
+            await self._give_up(operation, temporary, payload, error.message)
+            raise
+        async with self._catalog.write() as tx:
+            await tx.emit(EventType.DISK_CREATED, payload)
+            await tx.close_operation(operation)
 
     async def _write(self, snapshot: Snapshot, temporary: str, image_format: str, meter: Meter) -> None:
         await images.create_image(temporary, image_format, snapshot.size_bytes)
@@ -143,11 +192,16 @@ class DiskMaker:
             await tx.emit(EventType.DISK_CREATE_FAILED, payload | {"error": error})
             await tx.close_operation(operation)
 
-    async def recover(self, operation: Operation) -> None:
-        """Remove what a crash left half-made; a disk that had its name already is whole, and stays."""
-        temporary = str(operation.facts.get("temporary", ""))
-        if temporary.endswith(".hvsnap"):
-            with contextlib.suppress(FileNotFoundError):
-                await images.remove(temporary)
+    async def recover(self, operation: Operation) -> bool:
+        """Tell of a disk that a crash interrupted: True if it is whole, under its name; else what is there of it goes."""
+        path, temporary = str(operation.facts["target"]), str(operation.facts["temporary"])
+        made = operation.step == Step.NAMING and await asyncio.to_thread(_was_published, temporary, path)
+        await images.remove(temporary)
+        payload = dict(operation.facts["payload"])  # type: ignore[call-overload]
         async with self._catalog.write() as tx:
+            if made:
+                await tx.emit(EventType.DISK_CREATED, payload)
+            else:
+                await tx.emit(EventType.DISK_CREATE_FAILED, payload | {"error": "interrupted"})
             await tx.close_operation(operation.id)
+        return made

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Awaitable, Callable, Container, Iterator, Sequence
+from dataclasses import replace
 from typing import Literal, Protocol
 
 from hvsnap import wire
@@ -30,8 +31,8 @@ Recover = Callable[[Only], Awaitable[list[tuple[Operation, HvsnapError | None]]]
 class Undo(Protocol):
     """Removes what a crash left of a new disk: :class:`hvsnap.restore.disk.DiskMaker`."""
 
-    async def recover(self, operation: Operation) -> None:
-        """Settle one operation."""
+    async def recover(self, operation: Operation) -> bool:
+        """Settle one operation; True if the disk was whole, and stays."""
         ...
 
 
@@ -82,7 +83,8 @@ class RestoreRecovery:
                 except NotFound:
                     return []
                 if operation.kind == disk.KIND:
-                    await self._maker.recover(operation)
+                    if await self._maker.recover(operation):
+                        operation = replace(operation, step=disk.Step.NAMED)
                 else:
                     await self._roller.resume(operation, lambda _progress: None)
         except HvsnapError as error:
@@ -180,6 +182,8 @@ class Recovery:
             detail = "its snapshots are accomplished" if kept else "its snapshots failed; the next ones miss nothing"
         elif operation.kind == freeze.KIND:
             outcome, detail = "finished", "the guest's file systems are thawed"
+        elif operation.kind == disk.KIND and operation.step == disk.Step.NAMED:
+            outcome, detail = "finished", "the disk is whole"
         elif operation.kind == disk.KIND:
             outcome, detail = "undone", "what was half-made is removed"
         else:

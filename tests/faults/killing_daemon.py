@@ -105,7 +105,7 @@ class Points:
     async def waiting(self, name: str, side: str) -> None:
         """A point in the event loop."""
         order = self.passing(name, side)
-        while order is not None and self.act(order):
+        while order is not None and self.act(order):  # noqa: ASYNC110 - another process lets it go
             await asyncio.sleep(POLL_S)
 
 

@@ -1,0 +1,193 @@
+"""The daemon is killed at every point of a new disk and of a rollback: whole or not there, resumed or never begun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+
+from tests.e2e.oracle import Bytes, check_same, converted, random_operation
+from tests.faults.crash_rig import CrashDisk, CrashRig, chosen, with_during
+from tests.faults.killing_daemon import Order
+from tests.guest.image import GuestImage
+from tests.guest.libvirtd import Libvirtd
+
+SEED = int(os.environ.get("E2E_SEED", "20260714"))
+
+
+class OffRig(CrashRig):
+    """A guest that was shut down after two snapshots of its one disk, which is changed from outside from then on."""
+
+    def __enter__(self) -> OffRig:
+        super().__enter__()
+        self.random = Random(SEED)
+        self.wanted: dict[str, Bytes] = {}
+        for _ in range(2):
+            self.write_on()
+            self.written(60)
+            self.stop_writing()
+            self.check_disks()
+            before = set(self.snapshots())
+            self.capture(self.disks)
+            (made,) = set(self.snapshots()) - before
+            self.wanted[made] = self.disks[0].replica.data.copy()
+        self.guest.shutdown()
+        return self
+
+    @property
+    def disk(self) -> CrashDisk:
+        return self.disks[0]
+
+    def present(self) -> Bytes:
+        return converted(self.disk.path, "qcow2", self.directory)
+
+    def change(self) -> Bytes:
+        """Change the image as a guest would have, and return what it holds then."""
+        words = []
+        for _ in range(8):
+            one = random_operation(self.random, self.disk.replica.data.size)
+            pattern = self.random.randrange(1, 256)
+            verb = {"write": f"write -P {pattern}", "zero": "write -z", "unmap": "write -z -u", "discard": "discard"}
+            words += ["-c", f"{verb[one.kind]} {one.offset} {one.length}"]
+        subprocess.run(
+            ["qemu-io", "-f", "qcow2", "-d", "unmap", *words, str(self.disk.path)], check=True, capture_output=True
+        )
+        return self.present()
+
+    def bitmaps(self) -> dict[str, Sequence[str]]:
+        """Return the image's bitmaps and their flags."""
+        out = subprocess.run(
+            ["qemu-img", "info", "--output=json", str(self.disk.path)], check=True, capture_output=True
+        )
+        found = json.loads(out.stdout)["format-specific"]["data"].get("bitmaps", [])
+        return {one["name"]: one["flags"] for one in found}
+
+    def check_off(self) -> None:
+        """Nothing is left of anything, and the image has the one bitmap that the catalog expects, whole."""
+        left = [name for name in os.listdir(self.directory) if name.endswith((".overlay", ".scratch", ".hvsnap"))]
+        assert not left
+        assert not self.query("SELECT * FROM operations")
+        expected = self.bitmap_of(self.disk)
+        assert set(self.bitmaps()) <= {expected}
+        assert all("in-use" not in flags for flags in self.bitmaps().values())
+        self.check_definitions()
+
+
+@pytest.fixture(scope="module")
+def rig(libvirtd: Libvirtd, guest_image: GuestImage) -> Iterator[OffRig]:
+    with OffRig(libvirtd, guest_image, formats=("qcow2",)) as made:
+        yield made
+
+
+def sweep(rig: OffRig, action: Callable[[], None], count: int, cycle: Callable[[Order], bool]) -> None:
+    """Kill at all points of an action, or at some of them."""
+    random = Random(SEED)
+    points = rig.trace(action)
+    orders = chosen(with_during(points, random), count, random)
+    print(f"seed {SEED}: {len(points)} points, {len(orders)} kills")
+    died = 0
+    wrong = []
+    for order in orders:
+        try:
+            died += cycle(order)
+        except Exception as error:
+            wrong.append(f"{order}: {type(error).__name__}: {error}")
+            print(wrong[-1], rig.daemon.log.read_text()[-1500:])
+            if not rig.daemon.alive():
+                rig.daemon.start(str(rig.control))
+    assert not wrong, f"seed {SEED}:\n" + "\n".join(wrong)
+    print(f"{died} of {len(orders)} kills came about")
+    assert died >= len(orders) * 0.7
+
+
+def test_killed_anywhere_in_a_new_disk(rig: OffRig) -> None:
+    snapshot, wanted = next(iter(rig.wanted.items()))
+    made = 0
+
+    def path() -> Path:
+        return rig.directory / f"new-{made}.qcow2"
+
+    def action() -> None:
+        assert rig.daemon.create_disk(snapshot, path()).state == "accomplished"
+
+    def cycle(order: Order) -> bool:
+        nonlocal made
+        made += 1
+        died = rig.crash_at(order, action)
+        begun = rig.query("SELECT 1 FROM operations WHERE kind = 'disk-create'") != []
+        if died:
+            rig.restart()
+        rig.check_off()
+        told = rig.events("path", str(path()))
+        there = path().exists()
+        if there:
+            check_same(converted(path(), "qcow2", rig.directory), wanted, "the new disk")
+            assert told == ["disk.created"]
+        else:
+            assert told == (["disk.create-failed"] if begun else [])
+            action()
+        path().unlink()
+        return died
+
+    sweep(rig, action, 12, cycle)
+
+
+def rollback_action(rig: OffRig, snapshot: str, **options: bool) -> Callable[[], None]:
+    def action() -> None:
+        task = rig.daemon.roll_back(f"{rig.guest.name}/vda", snapshot, **options)
+        assert task.state == "accomplished", task.error
+
+    return action
+
+
+@pytest.mark.parametrize("safety", [False, True], ids=["plain", "with-safety-snapshot"])
+def test_killed_anywhere_in_a_rollback(rig: OffRig, safety: bool) -> None:
+    targets = list(rig.wanted)
+    turns = 0
+
+    def cycle(order: Order) -> bool:
+        nonlocal turns
+        turns += 1
+        target = targets[turns % len(targets)]
+        before = rig.change()
+        seen = set(rig.snapshots())
+        counts = [len(rig.events("snapshot", target))]
+        died = rig.crash_at(order, rollback_action(rig, target, safety_snapshot=safety))
+        if died:
+            rig.restart()
+        rig.check_off()
+        told = rig.events("snapshot", target)[counts[0] :]
+        assert told in ([], ["rollback.started", "rollback.finished"])
+        wanted = rig.wanted[target] if told else before
+        check_same(rig.present(), wanted, f"the disk after {told}")
+        for snapshot in set(rig.snapshots()) - seen:  # the safety snapshot
+            info = rig.daemon.info(snapshot)
+            kinds = rig.events("snapshot", snapshot)
+            assert kinds == ["snapshot.created", f"snapshot.{info.state}"], kinds
+            assert info.state in ("accomplished", "failed")
+            if info.state == "accomplished":
+                restored = np.frombuffer(rig.daemon.restored(snapshot, rig.directory), np.uint8)
+                check_same(restored, before, "the safety snapshot")
+        now = rig.change()
+        (made,) = rig.daemon.snapshot(rig.guest.name, ["vda"])
+        assert made.method in ("bitmap", "rescan")
+        assert died or made.method == "bitmap"
+        restored = np.frombuffer(rig.daemon.restored(made.id, rig.directory), np.uint8)
+        check_same(restored, now, "the next snapshot")
+        return died
+
+    rig.change()
+    sweep(rig, rollback_action(rig, targets[0], safety_snapshot=safety), 10, cycle)
+    rig.boot()
+    rig.disk.replica.data[:] = rig.present()
+    rig.write_on()
+    rig.written(20)
+    rig.stop_writing()
+    rig.check([])
+    rig.guest.shutdown()
