@@ -193,7 +193,7 @@ class DiskMaker:
             await tx.close_operation(operation)
 
     async def recover(self, operation: Operation) -> bool:
-        """Tell of a disk that a crash interrupted: True if it is whole, under its name; else what is there of it goes."""
+        """Tell of a disk that a crash interrupted: True if it is whole and named; else what is there of it goes."""
         path, temporary = str(operation.facts["target"]), str(operation.facts["temporary"])
         made = operation.step == Step.NAMING and await asyncio.to_thread(_was_published, temporary, path)
         await images.remove(temporary)
