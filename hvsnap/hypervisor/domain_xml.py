@@ -138,8 +138,8 @@ def alias(disk: ElementTree.Element) -> str:
     return element.get("name", "")
 
 
-def with_source(root: ElementTree.Element, target: str, layer: Layer) -> str:
-    """Return the domain's XML with a disk pointed at another image; the rest as it was.
+def with_source(root: ElementTree.Element, target: str, layer: Layer, *, block_device: bool) -> str:
+    """Return the domain's XML with a disk pointed at another image, a file or a block device; the rest as it was.
 
     The backing chain's record goes, too: libvirt reads the image's own when the guest starts.
     """
@@ -148,7 +148,11 @@ def with_source(root: ElementTree.Element, target: str, layer: Layer) -> str:
     driver = disk.find("driver")
     if source is None or driver is None:
         raise HypervisorFailed(f"disk {target} has no source to change")
-    source.set("dev" if disk.get("type") == "block" else "file", layer.path)
+    # A guest whose block device is defined as a file does not start.
+    disk.set("type", "block" if block_device else "file")
+    for name in ("file", "dev"):
+        source.attrib.pop(name, None)
+    source.set("dev" if block_device else "file", layer.path)
     driver.set("type", layer.format)
     backing = disk.find("backingStore")
     if backing is not None:

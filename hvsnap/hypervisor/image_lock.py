@@ -4,6 +4,9 @@ QEMU locks single bytes of an image file: 100 + n for a permission that it uses,
 others use (block/file-posix.c, "raw_apply_lock_bytes"). A guest's QEMU that wants to write looks at byte 201, and does
 not start when somebody holds it. qemu-nbd does this by itself for qcow2, whose metadata must not change under a reader,
 but not for raw images; and nobody does it between the readings of two disks of one group.
+
+Such locks do not reach a block device in the private /dev that libvirt makes for each guest: it is another inode there.
+So a block device's write counters are compared, too: what was written to while it was read was not of one instant.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import struct
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 from hvsnap.errors import Busy, HypervisorFailed
 
@@ -59,18 +64,41 @@ def _lock(path: str) -> int:
 async def images_locked(paths: Sequence[str]) -> AsyncIterator[None]:
     """Keep images from being opened for writing for as long as the context lasts; readers are not disturbed.
 
-    Raises :class:`Busy` when one is open for writing already. A guest that is started meanwhile is refused by QEMU
-    ("Failed to get "write" lock").
+    Raises :class:`Busy` when one is open for writing already, and at the end for a block device that was written to all
+    the same. A guest that is started meanwhile is refused by QEMU ("Failed to get "write" lock").
     """
     with contextlib.ExitStack() as held:
+        writes: list[tuple[str, int, int | None]] = []
         for path in paths:
             locking = asyncio.ensure_future(asyncio.to_thread(_lock, path))
             try:
-                held.callback(os.close, await asyncio.shield(locking))
+                fd = await asyncio.shield(locking)
             except asyncio.CancelledError:
                 locking.add_done_callback(_release)
                 raise
+            held.callback(os.close, fd)
+            writes.append((path, fd, await asyncio.to_thread(_writes, fd)))
         yield
+        for path, fd, before in writes:
+            if await asyncio.to_thread(_writes, fd) != before:
+                raise Busy(f"{path} was written to while it was read", hint="try again; a guest may have been started")
+
+
+def _writes(fd: int) -> int | None:
+    """Return how many sectors of a block device were ever written or discarded, in memory or not; None: no device.
+
+    Sectors and not requests: a flush, such as the one made here, counts as a request (docs.kernel.org/block/stat.html).
+    """
+    seen = os.fstat(fd)
+    if not stat.S_ISBLK(seen.st_mode):
+        return None
+    os.fsync(fd)
+    numbers = f"{os.major(seen.st_rdev)}:{os.minor(seen.st_rdev)}"
+    try:
+        fields = Path(f"/sys/dev/block/{numbers}/stat").read_text().split()
+    except OSError:
+        return None  # a host without /sys: nobody can tell
+    return int(fields[6]) + (int(fields[13]) if len(fields) > 13 else 0)
 
 
 def _release(locking: asyncio.Future[int]) -> None:

@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import libvirt
@@ -218,7 +219,9 @@ class LibvirtHypervisor:
         def work(connection: Any) -> None:
             flags = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
             root = domain_xml.parse(connection.lookupByUUIDString(uuid).XMLDesc(flags))
-            connection.defineXML(domain_xml.with_source(root, target, Layer(layer_path, layer_format)))
+            block_device = Path(layer_path).is_block_device()
+            layer = Layer(layer_path, layer_format)
+            connection.defineXML(domain_xml.with_source(root, target, layer, block_device=block_device))
 
         await self.connection.call(work)
 

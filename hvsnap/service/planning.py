@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from hvsnap.capture.capture import Capture, CaptureOrder
 from hvsnap.capture.facts import KIND, CapturedDisk, CaptureFacts, Mode, Step
@@ -13,7 +15,7 @@ from hvsnap.capture.plan import decide
 from hvsnap.capture.record import DiskPlan, Recorder
 from hvsnap.capture.space import SpaceLimits
 from hvsnap.catalog.catalog import Catalog
-from hvsnap.errors import ForeignJob
+from hvsnap.errors import ForeignJob, Refused
 from hvsnap.hypervisor import images
 from hvsnap.model import Bitmap, Disk, OperationId, Progress, Snapshot
 from hvsnap.ports import Clock, Hypervisor
@@ -60,6 +62,9 @@ class Planner:
     async def check(self, found: Sequence[Found]) -> None:
         """Refuse what the guest's QEMU cannot do, before anything of a capture exists."""
         guest = found[0].guest
+        if guest.active:
+            for disk in found:
+                await asyncio.to_thread(self._check_place, disk.view.top.path)
         if guest.active and guest.fleece:
             fleecer = await self._hypervisor.fleecer(guest.uuid)
             await fleecer.fleece_check(guest.uuid, [disk.view.target for disk in found])
@@ -132,6 +137,13 @@ class Planner:
         )
         return DiskPlan(disk, planned, captured, decision)
 
+    def _check_place(self, image: str) -> None:
+        """Refuse a block device beside which nothing can lie: /dev is no place for the guest's writes. Blocking."""
+        if not self._settings.overlay_dir and Path(image).is_block_device():
+            hint = "name a directory for what the guest writes meanwhile: capture.overlay_dir"
+            raise Refused(f"{image} is a block device, and nothing can be put beside it", hint=hint)
+
     def _path_beside(self, disk: Disk, snapshot: Snapshot, kind: str) -> str:
+        self._check_place(disk.source)
         directory, name = os.path.split(disk.source)
         return os.path.join(self._settings.overlay_dir or directory, f"{name}.{snapshot.id}.{kind}")

@@ -297,7 +297,7 @@ class Rig:
         found = []
         for flags in {0, libvirt.VIR_DOMAIN_XML_INACTIVE}:
             root = ElementTree.fromstring(domain.XMLDesc(flags))
-            found += [str(source.get("file")) for source in root.findall("devices/disk/source")]
+            found += [str(source.get("file") or source.get("dev")) for source in root.findall("devices/disk/source")]
         return found
 
     def overlays(self) -> list[str]:
