@@ -22,7 +22,9 @@ from tests.guest.domain import DiskSpec, make_image
 
 MIB = 1 << 20
 SEEDS = [int(os.environ["E2E_SEED"])] if "E2E_SEED" in os.environ else [11, 12, 13, 14]
-ROUNDS = 6
+ROUNDS = 5
+NATIVE = "discard='unmap' cache='none' io='native'"
+ODD_NAME = "an odd, n=m:é'&\" %s name"
 
 
 def make_disks(random: Random, directory: Path) -> list[DiskSpec]:
@@ -34,18 +36,26 @@ def make_disks(random: Random, directory: Path) -> list[DiskSpec]:
     subprocess.run(["qemu-io", "-f", "qcow2", *fill, str(template)], check=True, stdout=subprocess.DEVNULL)
     on_template = ("-b", str(template), "-F", "qcow2")
 
+    (directory / ODD_NAME).mkdir(mode=0o755)
+
     def disk(number: int, image_format: str = "qcow2", *options: str, **spec: object) -> DiskSpec:
-        path = make_image(directory / f"disk{number}.{image_format}", str(sizes[number]), image_format, *options)
+        place = directory / ODD_NAME if number == 5 else directory
+        path = make_image(place / f"disk{number}.{image_format}", str(sizes[number]), image_format, *options)
+        if number == 0:
+            path = path.rename(directory / "behind-a-link.qcow2")
+            (directory / "disk0.qcow2").symlink_to(path)
+            path = directory / "disk0.qcow2"
         return DiskSpec(path, image_format, **spec)  # type: ignore[arg-type]
 
+    clusters = random.choice(["512", "4k", "2M"])
     return [
         disk(0),
-        disk(1),
-        disk(2, "qcow2", *on_template),
-        disk(3, "qcow2", *on_template),  # its image is longer than the template
+        disk(1, "qcow2", "-o", f"cluster_size={clusters}"),
+        disk(2, "qcow2", *on_template, driver="discard='unmap' copy_on_read='on'"),
+        disk(3, "qcow2", *on_template, "-o", "extended_l2=on,cluster_size=128k"),  # it is longer than the template
         disk(4, "raw"),
         disk(5, bus="scsi", serial="with-a-serial"),
-        disk(6, driver="discard='unmap' cache='none' io='native'"),
+        disk(6, "qcow2", "-o", random.choice(["compat=0.10", "preallocation=metadata"]), driver=NATIVE),
         disk(7, iothread=True),
     ]
 
