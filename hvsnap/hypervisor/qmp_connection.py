@@ -41,11 +41,15 @@ OnEvent = Callable[[str, dict[str, Any]], None]
 """Called with a QMP event's name and data, in asyncio's thread."""
 
 
-class GuestOff(HypervisorFailed):
+class GuestAway(HypervisorFailed):
+    """The guest's QEMU is not at the other end. Not :class:`HypervisorUnreachable`: the next look tells more."""
+
+
+class GuestOff(GuestAway):
     """Nothing listens at the socket: the guest's QEMU does not exist."""
 
 
-class ConnectionLost(HypervisorUnreachable):
+class ConnectionLost(GuestAway):
     """QEMU closed the connection: it has ended, or will answer another one."""
 
 
@@ -105,8 +109,8 @@ class QmpConnection:
     async def execute(self, command: str, /, **arguments: Any) -> Any:
         """Run one command and return its answer. Keys with dashes go through ``**{...}``.
 
-        Raises :class:`HypervisorFailed` with QEMU's words; :class:`HypervisorUnreachable` when the connection was lost
-        on the way or the answer did not come: whether it took effect is then unknown.
+        Raises :class:`HypervisorFailed` with QEMU's words; :class:`ConnectionLost` when the connection was lost on the
+        way, :class:`HypervisorUnreachable` when the answer did not come: whether it took effect is then unknown.
         """
         await self.connect()
         client = self._client

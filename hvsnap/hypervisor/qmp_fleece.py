@@ -26,9 +26,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hvsnap.errors import ForeignJob, HypervisorFailed, HypervisorUnreachable, Refused
+from hvsnap.errors import ForeignJob, HypervisorFailed, Refused
 from hvsnap.hypervisor.qemu_nodes import OURS, SWITCH, Graph
-from hvsnap.hypervisor.qmp_connection import QmpConnection
+from hvsnap.hypervisor.qmp_connection import GuestAway, QmpConnection
 from hvsnap.hypervisor.qmp_look import QmpLook
 from hvsnap.hypervisor.qmp_view import Attachment, find
 from hvsnap.model import GuestUuid, SnapshotId
@@ -285,6 +285,8 @@ class QmpFleecer:
         try:
             address = {"type": "fd", "data": {"str": f"{OURS}nbd"}}
             await self._connection.execute("nbd-server-start", addr=address, **{"max-connections": 0})
+        except GuestAway:
+            raise
         except HypervisorFailed as error:
             with contextlib.suppress(HypervisorFailed):
                 await self._connection.execute("closefd", fdname=f"{OURS}nbd")
@@ -335,7 +337,7 @@ async def _patiently(do: Callable[[], Awaitable[Any]]) -> None:
     while True:
         try:
             await do()
-        except HypervisorUnreachable:
+        except GuestAway:
             raise
         except HypervisorFailed:
             if time.monotonic() > deadline:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from hvsnap.errors import HypervisorFailed, HypervisorUnreachable
+from hvsnap.errors import HypervisorFailed
 from hvsnap.hypervisor import qmp_view
-from hvsnap.hypervisor.qmp_connection import GuestOff, QmpConnection
+from hvsnap.hypervisor.qmp_connection import GuestAway, QmpConnection
 from hvsnap.hypervisor.qmp_view import Answers, Attachment, Device
 
 Version = tuple[int, ...]
@@ -77,7 +77,7 @@ class QmpLook:
         for name in qmp_view.PROPERTIES:
             try:
                 found[name] = await self._connection.execute("qom-get", path=path, property=name)
-            except (GuestOff, HypervisorUnreachable):
+            except GuestAway:
                 raise
             except HypervisorFailed:
                 continue

@@ -193,6 +193,10 @@ class BareGuest(Shell):
             self._monitor.close()
             self._monitor = None
 
+    def gone(self) -> None:
+        """Take note that somebody else ended it."""
+        self._ended()
+
     def remove(self) -> None:
         """End it, however it is."""
         if self.active:

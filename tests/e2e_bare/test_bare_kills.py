@@ -1,0 +1,159 @@
+"""kill -9 of the daemon and of QEMU at the acts of a capture of a bare guest: FAULTS 1, 2, 3, 5, 6.
+
+After each: nothing is lost, nothing stale, nothing left behind, and the next snapshot is whole. ``ROUNDS=N`` takes more
+acts, ``ROUNDS=0`` every one; ``E2E_SEED`` names the sample.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from hvsnap import wire
+from hvsnap.errors import DaemonUnreachable
+from tests.e2e.oracle import Bytes, check_same
+from tests.e2e_bare.rig import QUICK, BareRig, DoctoredDaemon, a_disk, table
+from tests.guest.bare import BareGuest
+from tests.guest.libvirtd import wait_for
+
+ROUNDS = int(os.environ.get("ROUNDS", "3"))
+SEED = int(os.environ.get("E2E_SEED", "1"))
+ACTS_MAX = 120
+
+
+class KillingDaemon(DoctoredDaemon):
+    """A daemon that kills at an act."""
+
+    module = "tests.e2e_bare.killing_daemon"
+
+    def start(self, *arguments: str, wait: bool = True, environment: dict[str, str] | None = None) -> KillingDaemon:
+        super().start(*arguments, wait=wait, environment={**(environment or {}), "KILL_DIR": str(self.directory)})
+        return self
+
+    @contextlib.contextmanager
+    def armed(self, at: int = 0, victim: int = 0) -> Iterator[None]:
+        """Count acts, and kill at one of them."""
+        (self.directory / "acts").unlink(missing_ok=True)
+        (self.directory / "armed").write_text(f"{at} {victim}")
+        try:
+            yield
+        finally:
+            (self.directory / "armed").unlink(missing_ok=True)
+
+    @property
+    def active(self) -> bool:
+        return self.alive()
+
+    def acts(self) -> list[str]:
+        acts = self.directory / "acts"
+        return acts.read_text().splitlines() if acts.exists() else []
+
+
+class Kills:
+    """One guest that lives through many kills."""
+
+    def __init__(self, guest: BareGuest, daemon: KillingDaemon, workdir: Path, random: Random) -> None:
+        self.guest, self.daemon, self.random = guest, daemon, random
+        self.rig = BareRig(guest, daemon, workdir)
+        self.write()
+        self.rig.capture(self.rig.disks, group=True)
+
+    def write(self) -> None:
+        for disk in self.rig.disks:
+            self.rig.random_operations(self.random, disk, 4)
+            self.rig.flush(disk)
+
+    def count(self) -> int:
+        """Return how many acts a capture has."""
+        self.write()
+        with self.daemon.armed():
+            self.rig.capture(self.rig.disks, group=True)
+        return len(self.daemon.acts())
+
+    def kill(self, at: int, *, qemu: bool) -> str:
+        """Kill at an act of a capture; return which it was."""
+        self.write()
+        before = {disk.target: self.rig.present(disk) for disk in self.rig.disks}
+        with self.daemon.armed(at, self.guest.pid if qemu else 0):
+            made = self.daemon.begin(self.guest.name, group=True, consistency="crash")
+            victim = self.guest if qemu else self.daemon
+            wait_for(lambda: not victim.active or self.settled(), "an end")
+        act = "none: this capture had fewer" if victim.active else self.daemon.acts()[-1]
+        if not qemu:
+            self.write()  # the guest goes on without the daemon
+            self.daemon.stop()
+            self.daemon.start()
+        self.daemon.settled()
+        if qemu:
+            if self.guest.active:
+                self.guest.quit()
+            self.guest.gone()
+            for disk in self.rig.disks:
+                self.rig.check_disk(disk, f"{act}: before the start")
+            self.guest.start()
+        self.check(made, before, act)
+        return act
+
+    def check(self, made: list[wire.Snapshot], before: dict[str, Bytes], act: str) -> None:
+        """Check all that must be right after any kill."""
+        assert self.rig.left_behind() == []
+        for disk in self.rig.disks:
+            self.rig.check_disk(disk, act)
+        for snapshot in (self.daemon.info(one.id) for one in made):
+            assert snapshot.state in ("accomplished", "failed"), act
+            if snapshot.state == "accomplished":
+                got = self.rig.restored(snapshot.id)
+                check_same(got, before[snapshot.target], f"{act}: {snapshot.id} of {snapshot.target}")
+        self.write()
+        self.rig.capture(self.rig.disks, group=True)
+        for disk in self.rig.disks:
+            self.rig.check_snapshots(disk, list(disk.states)[-1])
+            if disk.spec.format == "qcow2":
+                assert len(self.rig.our_bitmaps(disk)) == 1, act
+
+    def settled(self) -> bool:
+        """Whether nothing is at work; a daemon that has just been killed has no more to say."""
+        try:
+            status = self.daemon.status()
+        except DaemonUnreachable:
+            return False
+        return status.captures == 0 and status.open_operations == 0
+
+
+@pytest.fixture
+def make_kills(make_bare: Callable[..., BareGuest], workdir: Path) -> Iterator[Callable[..., Kills]]:
+    made: list[KillingDaemon] = []
+
+    def make(mode: str, random: Random) -> Kills:
+        disks = [a_disk(workdir, "vda", "3M"), a_disk(workdir, "vdb", "2M", "raw")]
+        guest = make_bare(disks).start()
+        directory = workdir / "daemon"
+        directory.mkdir()
+        daemon = KillingDaemon(directory, "", "", capture=QUICK, **table(guest, capture=mode))
+        made.append(daemon)
+        return Kills(guest, daemon.start(), workdir, random)
+
+    yield make
+    for daemon in made:
+        daemon.stop()
+
+
+@pytest.mark.parametrize("victim", ["daemon", "qemu"])
+@pytest.mark.parametrize("mode", ["fleece", "redirect"])
+def test_a_kill_at_any_act_of_a_capture_loses_nothing(
+    make_kills: Callable[..., Kills], mode: str, victim: str
+) -> None:  # fmt: skip
+    random = Random(f"{mode} {victim} {SEED}")
+    kills = make_kills(mode, random)
+    count = kills.count()
+    assert 20 < count < ACTS_MAX
+    acts = range(1, count + 1) if ROUNDS == 0 else random.sample(range(1, count + 1), ROUNDS)
+    print(f"seed {SEED}: acts {list(acts)} of {count}")
+    for at in acts:
+        act = kills.kill(at, qemu=victim == "qemu")
+        print(f"act {at}: {act}")
