@@ -47,6 +47,7 @@ def create_app(service: Service) -> FastAPI:
         responses=ERRORS,
     )
     app.include_router(_snapshots(service), prefix=wire.API, tags=["snapshots"])
+    app.include_router(_policies(service), prefix=wire.API, tags=["policies"])
     app.include_router(_disks(service), prefix=wire.API, tags=["disks"])
     app.include_router(_store(service), prefix=wire.API, tags=["store"])
     app.include_router(_daemon(service), prefix=wire.API, tags=["daemon"])
@@ -98,6 +99,14 @@ def _snapshots(service: Service) -> APIRouter:
     async def cancel_snapshot(id: Id) -> wire.Snapshot:
         return await service.snapshots.cancel(id)
 
+    @router.post("/snapshots/{id}/edit")
+    async def edit_snapshot(id: Id, body: wire.SnapshotEdit) -> wire.Snapshot:
+        return await service.snapshots.edit(id, name=body.name, description=body.description, tags=body.tags)
+
+    @router.post("/snapshots/{id}/lock")
+    async def lock_snapshot(id: Id, body: wire.SnapshotLock) -> wire.Snapshot:
+        return await service.snapshots.lock(id, body.until.timestamp())
+
     @router.post("/snapshots/delete")
     async def delete_snapshots(body: wire.SnapshotDelete) -> wire.Deletion:
         return await service.snapshots.delete(body.ids, dry_run=body.dry_run)
@@ -109,6 +118,36 @@ def _snapshots(service: Service) -> APIRouter:
     @router.get("/chains/{disk:path}")
     async def get_chain(disk: Id) -> wire.Chain:
         return await service.chains.info(disk)
+
+    return router
+
+
+def _policies(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/policies")
+    async def list_policies() -> wire.PolicyList:
+        return await service.policies.listing()
+
+    @router.post("/policies", status_code=201)
+    async def create_policy(body: wire.PolicyCreate) -> wire.Policy:
+        return await service.policies.create(body)
+
+    @router.post("/policies/cancel")
+    async def cancel_policy(body: wire.PolicyDisks) -> wire.PolicyApplied:
+        return await service.policies.cancel(body.disks)
+
+    @router.post("/policies/{policy}/edit")
+    async def edit_policy(policy: Id, body: wire.PolicyEdit) -> wire.Policy:
+        return await service.policies.edit(policy, body)
+
+    @router.post("/policies/{policy}/delete")
+    async def delete_policy(policy: Id) -> wire.Policy:
+        return await service.policies.delete(policy)
+
+    @router.post("/policies/{policy}/apply")
+    async def apply_policy(policy: Id, body: wire.PolicyDisks) -> wire.PolicyApplied:
+        return await service.policies.apply(policy, body.disks)
 
     return router
 

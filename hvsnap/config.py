@@ -191,6 +191,13 @@ class Limits(_Table):
     policies: int = Field(default=100, ge=0, le=10_000)
 
 
+class Policies(_Table):
+    """Automatic snapshots."""
+
+    late_max_s: float = Field(default=3600.0, ge=60.0, le=86_400.0, strict=False)
+    workers: int = Field(default=2, ge=1, le=32)
+
+
 class Mqtt(_Table):
     """The broker that events are published to."""
 
@@ -220,6 +227,7 @@ class Settings(_Table):
     capture: Capture = Capture()
     store: Store = Store()
     limits: Limits = Limits()
+    policies: Policies = Policies()
     mqtt: Mqtt = Mqtt()
     metrics: Metrics = Metrics()
 

@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from hvsnap import __version__, wire
@@ -30,12 +30,12 @@ from hvsnap.hypervisor import images
 from hvsnap.hypervisor.fleet import Fleet, Member
 from hvsnap.hypervisor.libvirt import LibvirtHypervisor
 from hvsnap.hypervisor.qmp import BareGuest, QmpHypervisor
-from hvsnap.model import Event, Layer, Progress
+from hvsnap.model import Layer
 from hvsnap.mqtt.publisher import MqttPublisher
-from hvsnap.ports import Publisher
 from hvsnap.restore.disk import DiskMaker
 from hvsnap.restore.rollback import Rollback
 from hvsnap.server import HttpServer, listen
+from hvsnap.service.announcer import Announcer
 from hvsnap.service.attendance import Attendance
 from hvsnap.service.captures import Captures, CaptureSettings
 from hvsnap.service.chains import Chains
@@ -45,7 +45,9 @@ from hvsnap.service.feed import Feed, newest_sequence
 from hvsnap.service.guests import Guests
 from hvsnap.service.housekeeping import Housekeeping, VerifySettings
 from hvsnap.service.inventory import Inventory
+from hvsnap.service.policies import Policies
 from hvsnap.service.recovery import Recovery, RestoreRecovery
+from hvsnap.service.scheduler import Scheduler, ScheduleSettings
 from hvsnap.service.service import Service
 from hvsnap.service.snapshots import Snapshots
 from hvsnap.service.status import StatusBoard
@@ -71,22 +73,9 @@ class SystemClock:
         """Return seconds since the epoch, UTC."""
         return time.time()
 
-
-@dataclass
-class Announcer:
-    """Passes what happens on to everybody who listens; they are known later than those who announce."""
-
-    listeners: list[Publisher] = field(default_factory=list)
-
-    def event(self, event: Event) -> None:
-        """Announce a committed event."""
-        for listener in self.listeners:
-            listener.event(event)
-
-    def progress(self, progress: Progress) -> None:
-        """Announce progress."""
-        for listener in self.listeners:
-            listener.progress(progress)
+    def monotonic(self) -> float:
+        """Return seconds since the host was started."""
+        return time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -101,6 +90,7 @@ class House:
     captures: Captures
     restores: RestoreRecovery
     housekeeping: Housekeeping
+    scheduler: Scheduler
     service: Service
     mqtt: MqttPublisher | None
 
@@ -164,7 +154,7 @@ async def _furnish(
     )
     maker, roller = DiskMaker(catalog, store, private), Rollback(hypervisor, catalog, store, private)
     restores = RestoreRecovery(catalog, maker, roller, uses)
-    snapshots = Snapshots(catalog, inventory, captures, uses)
+    snapshots = Snapshots(catalog, inventory, captures, uses, clock)
     guests = Guests(inventory, hypervisor, catalog, captures, images.image_info)
     limit = settings.limits.snapshots_per_disk
     own = [place for place in (settings.state_dir, str(settings.store.path or ""), str(settings.run_dir)) if place]
@@ -181,6 +171,8 @@ async def _furnish(
         settings.store.path,
     )
     catalog.on_event.append(housekeeping.listen)
+    schedule = ScheduleSettings(settings.policies.late_max_s, settings.policies.workers, limit)
+    scheduler = Scheduler(catalog, captures, snapshots, clock, schedule)
     service = Service(
         guests=guests,
         snapshots=snapshots,
@@ -199,6 +191,7 @@ async def _furnish(
             snapshots_max=limit,
             own_directories=own,
         ),
+        policies=Policies(catalog, inventory, clock, policies_max=settings.limits.policies),
         store=Store(
             catalog, store, snapshots, tasks, housekeeping, url=settings.store.url, directory=settings.store.path
         ),
@@ -217,7 +210,9 @@ async def _furnish(
         status=StatusBoard(settings.host_id, hypervisor, catalog, captures, tasks, mqtt_status, clock),
         feed=feed,
     )
-    return House(settings, catalog, lease, hypervisor, attendance, captures, restores, housekeeping, service, mqtt)
+    return House(
+        settings, catalog, lease, hypervisor, attendance, captures, restores, housekeeping, scheduler, service, mqtt
+    )
 
 
 def members(settings: Settings, catalog: Catalog, on_change: Callable[..., None], private: str) -> list[Member]:
@@ -325,6 +320,7 @@ async def serve(settings: Settings, stop: asyncio.Event, ready: Callable[[], Non
             asyncio.create_task(house.hypervisor.run(), name="hypervisors"),
             asyncio.create_task(house.lease.keep(), name="lease"),
             asyncio.create_task(house.housekeeping.run(), name="housekeeping"),
+            asyncio.create_task(house.scheduler.run(), name="scheduler"),
         ]
         # Not among the loops, which end first: the broker is told of what the end brings.
         mqtt = [] if house.mqtt is None else [asyncio.create_task(house.mqtt.run(), name="mqtt")]

@@ -145,6 +145,20 @@ class SnapshotInUse(Refused):
     code = "snapshot-in-use"
 
 
+class SnapshotLocked(Refused):
+    """The snapshot is locked against deletion."""
+
+    code = "snapshot-locked"
+    default_hint = "wait until its lock has ended"
+
+
+class PolicyUnknown(NotFound):
+    """No policy of that id or name."""
+
+    code = "policy-unknown"
+    default_hint = "`hvsnap policy-list` shows the policies"
+
+
 class TargetExists(Refused):
     """The file or device that was to be created is there already."""
 

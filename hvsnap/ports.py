@@ -25,6 +25,10 @@ class Clock(Protocol):
         """Return seconds since the epoch, UTC."""
         ...
 
+    def monotonic(self) -> float:
+        """Return seconds since some moment, that nobody sets."""
+        ...
+
 
 # -- objects --------------------------------------------------------------------------------------
 

@@ -13,8 +13,16 @@ GET  /v1/snapshots                   ?guest= ?disk=     SnapshotList   newest fi
 GET  /v1/snapshots/{id}                                 Snapshot
 POST /v1/snapshots                   SnapshotCreate     SnapshotList   202, at once, in state ``progressing``
 POST /v1/snapshots/{id}/cancel                          Snapshot       202; it ends in state ``failed``
+POST /v1/snapshots/{id}/edit         SnapshotEdit       Snapshot
+POST /v1/snapshots/{id}/lock         SnapshotLock       Snapshot       until a time; never made shorter
 POST /v1/snapshots/delete            SnapshotDelete     Deletion       all of them or none; with ``dry_run`` the plan
 POST /v1/snapshots/verify            SnapshotVerify     Task           202; reads every block again
+GET  /v1/policies                                       PolicyList
+POST /v1/policies                    PolicyCreate       Policy         201
+POST /v1/policies/{policy}/edit      PolicyEdit         Policy         for snapshots made from then on
+POST /v1/policies/{policy}/delete                       Policy         as it was
+POST /v1/policies/{policy}/apply     PolicyDisks        PolicyApplied
+POST /v1/policies/cancel             PolicyDisks        PolicyApplied
 GET  /v1/chains                                         ChainList
 GET  /v1/chains/{disk}                                  Chain          with its nodes
 POST /v1/disks                       DiskCreate         Task           202
@@ -176,6 +184,9 @@ class Snapshot(Answer):
     created_at: AwareDatetime
     accomplished_at: AwareDatetime | None
     group: str | None
+    automatic: bool = Field(description="a policy made it")
+    expires_at: AwareDatetime | None = Field(description="null: not by time")
+    locked_until: AwareDatetime | None
     progress: int = Field(ge=0, le=100, description="percent")
     done_bytes: int | None = Field(description="what is read of total_bytes; null unless it is being read")
     total_bytes: int | None = Field(description="what is to be read")
@@ -225,6 +236,99 @@ class Deletion(Answer):
     dry_run: bool
     snapshots: list[Freed]
     freed_bytes: int
+
+
+class SnapshotEdit(Request):
+    """Change what people call a snapshot; what is left out stays."""
+
+    name: str | None = Field(default=None, max_length=4096)
+    description: str | None = Field(default=None, max_length=65536)
+    tags: dict[str, str] | None = Field(default=None, max_length=1024)
+
+
+class SnapshotLock(Request):
+    """Lock a snapshot against deletion until a time."""
+
+    until: AwareDatetime
+
+
+# -- policies -------------------------------------------------------------------------------------
+
+
+class PolicyKeep(BaseModel):
+    """How many automatic snapshots stay: the newest, and the last of so many hours, days, weeks, months."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    last: int = 0
+    hourly: int = 0
+    daily: int = 0
+    weekly: int = 0
+    monthly: int = 0
+
+
+class PolicyCreate(Request):
+    """Make a policy (SERVICE 5.1). ``keep`` goes with ``retain_days`` null."""
+
+    name: str = Field(max_length=4096)
+    hours: list[int] = Field(max_length=256, examples=[[0, 6, 12, 18]])
+    weekdays: list[int] = Field(default=[0, 1, 2, 3, 4, 5, 6], max_length=256, description="0 is Monday")
+    timezone: str = Field(default="", max_length=256, description="empty: the host's")
+    retain_days: int | None = Field(default=30, description="null: forever, or as ``keep`` says")
+    keep: PolicyKeep | None = None
+
+
+class PolicyEdit(Request):
+    """Change a policy; what is left out stays."""
+
+    name: str = Field(default="", max_length=4096)
+    hours: list[int] = Field(default=[], max_length=256)
+    weekdays: list[int] = Field(default=[], max_length=256)
+    timezone: str = Field(default="", max_length=256)
+    retain_days: int | None = None
+    keep: PolicyKeep | None = None
+
+
+class PolicyDisks(Request):
+    """Disks to be put under a policy, or taken out of theirs."""
+
+    disks: list[Name] = Field(min_length=1, max_length=4096)
+
+
+class PolicyDisk(Answer):
+    """A disk under a policy."""
+
+    id: str
+    guest: str
+    target: str
+
+
+class Policy(Answer):
+    """When automatic snapshots are made, and how long they are kept."""
+
+    id: str = Field(examples=["p-mfrggzdfmztw"])
+    name: str
+    hours: list[int]
+    weekdays: list[int] = Field(description="0 is Monday")
+    timezone: str = Field(description="empty: the host's")
+    retain_days: int | None
+    keep: PolicyKeep
+    next_run: AwareDatetime | None = Field(description="null: it has no disk")
+    disks: list[PolicyDisk]
+
+
+class PolicyList(Answer):
+    """All policies, by name."""
+
+    policies: list[Policy]
+
+
+class PolicyApplied(Answer):
+    """Disks that have a policy now, or none any more; ``replaced`` has, by disk id, the policy that each had."""
+
+    policy: str | None
+    disks: list[PolicyDisk]
+    replaced: dict[str, str]
 
 
 # -- chains ---------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from hvsnap.service.feed import Feed
 from hvsnap.service.guests import Guests
 from hvsnap.service.housekeeping import Housekeeping, VerifySettings
 from hvsnap.service.inventory import Inventory
+from hvsnap.service.policies import Policies
 from hvsnap.service.recovery import Recovery, RestoreRecovery
 from hvsnap.service.service import Service
 from hvsnap.service.snapshots import Snapshots
@@ -138,7 +139,7 @@ async def a_house(directory: Path) -> AsyncIterator[House]:
         catalog.on_event.append(feed.event)
         maker, roller = FakeMaker(catalog), FakeRoller(catalog, hypervisor.log)
         inventory = Inventory(hypervisor, catalog, clock)
-        snapshots = Snapshots(catalog, inventory, captures, uses)
+        snapshots = Snapshots(catalog, inventory, captures, uses, clock)
         guests = Guests(inventory, hypervisor, catalog, captures, _inspect)
         restores = RestoreRecovery(catalog, maker, roller, uses)
         mqtt = MqttStatus(configured=True, connected=False, pending=2, error="refused")
@@ -149,6 +150,7 @@ async def a_house(directory: Path) -> AsyncIterator[House]:
             guests=guests,
             snapshots=snapshots,
             captures=captures,
+            policies=Policies(catalog, inventory, clock, policies_max=100),
             chains=Chains(catalog, inventory, captures, snapshots_max=64),
             disks=Disks(
                 hypervisor,

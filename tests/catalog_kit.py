@@ -33,6 +33,9 @@ class StoppedClock:
     def now(self) -> float:
         return self.at
 
+    def monotonic(self) -> float:
+        return self.at
+
 
 def a_disk(**changes: Any) -> Disk:
     disk_id = DiskId(new_id("d"))

@@ -107,7 +107,7 @@ class Client:
 
     def post(self, path: str, answer: type[M], body: BaseModel | None = None) -> M:
         """POST and return the typed answer; there is no time limit, since the daemon may be at work."""
-        content = None if body is None else body.model_dump(mode="json")
+        content = None if body is None else body.model_dump(mode="json", exclude_unset=True)
         return self._call("POST", path, answer, json=content, timeout=None)
 
     def events(self, guest: str = "") -> Iterator[StreamItem]:

@@ -72,6 +72,18 @@ def _finish(
     session: Session, client: Client, task: wire.Task, what: str, told: Callable[[wire.Task], BaseModel]
 ) -> int:
     """Follow a task and tell how it ended; ``told`` makes the object that `--json` shows of it."""
+    now = followed(session, client, task)
+    if now is None:
+        return INTERRUPTED
+    if now.state is wire.TaskState.ACCOMPLISHED:
+        session.answer(told(now), render.done(now, quiet=session.quiet))
+        return 0
+    also = told(now).model_dump(mode="json")
+    return complain(task_error(now), what, as_json=session.json, also=also if "task" in also else {"task": also})
+
+
+def followed(session: Session, client: Client, task: wire.Task) -> wire.Task | None:
+    """Follow a task to its end and return it; None if the user left it."""
     now = task
 
     def look() -> list[Sight]:
@@ -89,15 +101,12 @@ def _finish(
             leave_hint=hint,
         )
     except KeyboardInterrupt:
-        return INTERRUPTED
-    if now.state is wire.TaskState.ACCOMPLISHED:
-        session.answer(told(now), render.done(now, quiet=session.quiet))
-        return 0
-    also = told(now).model_dump(mode="json")
-    return complain(_error(now), what, as_json=session.json, also=also if "task" in also else {"task": also})
+        return None
+    return now
 
 
-def _error(task: wire.Task) -> HvsnapError:
+def task_error(task: wire.Task) -> HvsnapError:
+    """Return why a task did not succeed."""
     if task.error is None:
         return Failed(f"task {task.id} is {task.state}", hint="the daemon's log says more")
     return DaemonError(task.error)

@@ -43,7 +43,7 @@ class ImageFormat(StrEnum):
     RAW = "raw"
 
 
-def _flag(*names: str, **settings: Any) -> Any:
+def flag(*names: str, **settings: Any) -> Any:
     """Return an option that takes no value, and whose help shows none."""
     return typer.Option(*names, metavar="", **settings)
 
@@ -69,9 +69,9 @@ Config = Annotated[
         help="The configuration; else $HVSNAP_CONFIG, else /etc/hvsnap/hvsnap.toml.",
     ),
 ]
-Json = Annotated[bool, _flag("--json", rich_help_panel=COMMON, help="Print one JSON object, also for an error.")]
+Json = Annotated[bool, flag("--json", rich_help_panel=COMMON, help="Print one JSON object, also for an error.")]
 Quiet = Annotated[
-    bool, _flag("--quiet", "-q", rich_help_panel=COMMON, help="Only the data: no progress, headers, remarks.")
+    bool, flag("--quiet", "-q", rich_help_panel=COMMON, help="Only the data: no progress, headers, remarks.")
 ]
 
 
@@ -112,6 +112,8 @@ def command(name: str, panel: str, *, example: str) -> Callable[[Work], Work]:
 @functools.cache
 def root() -> typer.core.TyperGroup:
     """Return all commands as one, as typer parses it."""
+    from hvsnap.cli import grammar_policies, grammar_store  # noqa: F401 - they register their commands
+
     group = typer.main.get_command(app)
     return cast(typer.core.TyperGroup, group)
 
@@ -131,7 +133,7 @@ def _root(
     quiet: Quiet = False,
     version: Annotated[
         bool,
-        _flag("--version", callback=_print_version, is_eager=True, rich_help_panel=COMMON, help="Print the version."),
+        flag("--version", callback=_print_version, is_eager=True, rich_help_panel=COMMON, help="Print the version."),
     ] = False,
 ) -> int | None:
     ctx.obj = (ctx.obj or Session()).overlaid(connect=connect, config=config, as_json=as_json, quiet=quiet)
@@ -150,7 +152,7 @@ Disk = Annotated[
     typer.Argument(metavar="DISK", help="Its id, GUEST/TARGET, target (vda) or path.", autocompletion=words.disks),
 ]
 Snapshot = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="Its id.", autocompletion=words.snapshots)]
-Detach = Annotated[bool, _flag("--detach", help="Return the id at once; the work goes on in the daemon.")]
+Detach = Annotated[bool, flag("--detach", help="Return the id at once; the work goes on in the daemon.")]
 
 
 # -- guests ---------------------------------------------------------------------------------------
@@ -208,8 +210,8 @@ def snapshot_create(
             "auto: app if it can be had, else crash."
         ),
     ] = Consistency.AUTO,
-    group: Annotated[bool, _flag("--group", help="All disks at the same instant.")] = False,
-    wait: Annotated[bool, _flag("--wait", help="Queue behind a running capture of a disk.")] = False,
+    group: Annotated[bool, flag("--group", help="All disks at the same instant.")] = False,
+    wait: Annotated[bool, flag("--wait", help="Queue behind a running capture of a disk.")] = False,
     detach: Detach = False,
 ) -> int:
     """Make snapshots of a guest's disks.
@@ -250,7 +252,7 @@ def snapshot_info(session: Session, snapshot: Snapshot) -> None:
 def snapshot_delete(
     session: Session,
     ids: Annotated[list[str], typer.Argument(metavar="SNAPSHOT", help="Their ids.", autocompletion=words.snapshots)],
-    dry_run: Annotated[bool, _flag("--dry-run", help="Only tell what that would free.")] = False,
+    dry_run: Annotated[bool, flag("--dry-run", help="Only tell what that would free.")] = False,
 ) -> None:
     """Delete snapshots, all of them or none.
 
@@ -304,12 +306,12 @@ def disk_rollback(
     snapshot: Annotated[
         str, typer.Argument(metavar="SNAPSHOT", help="Its id.", autocompletion=words.snapshots_of_disk)
     ],
-    stop: Annotated[bool, _flag("--stop", help="Shut the guest down gracefully first.")] = False,
-    start: Annotated[bool, _flag("--start", help="Start the guest afterwards.")] = False,
+    stop: Annotated[bool, flag("--stop", help="Shut the guest down gracefully first.")] = False,
+    start: Annotated[bool, flag("--start", help="Start the guest afterwards.")] = False,
     no_safety_snapshot: Annotated[
-        bool, _flag("--no-safety-snapshot", help="Do not make a snapshot of the present state first.")
+        bool, flag("--no-safety-snapshot", help="Do not make a snapshot of the present state first.")
     ] = False,
-    dry_run: Annotated[bool, _flag("--dry-run", help="Only tell what would be done.")] = False,
+    dry_run: Annotated[bool, flag("--dry-run", help="Only tell what would be done.")] = False,
     detach: Detach = False,
 ) -> int:
     """Set a disk back to one of its snapshots.

@@ -97,7 +97,8 @@ def guests(answer: wire.GuestList, *, headers: bool = True) -> str:
 
 def snapshots(answer: Sequence[wire.Snapshot], *, headers: bool = True) -> str:
     """Return the list of snapshots."""
-    names = ("ID", "NAME", "GUEST", "DISK", "SIZE", "STORED", "KIND", "CONSISTENCY", "CREATED", "PROGRESS", "STATE")
+    names = ("ID", "NAME", "GUEST", "DISK", "SIZE", "STORED", "KIND", "CONSISTENCY", "CREATED", "EXPIRES",
+             "PROGRESS", "STATE")  # fmt: skip
     rows = [
         (
             s.id,
@@ -109,6 +110,7 @@ def snapshots(answer: Sequence[wire.Snapshot], *, headers: bool = True) -> str:
             s.kind,
             s.consistency,
             when(s.created_at),
+            when(s.expires_at),
             f"{s.progress} %",
             s.state,
         )
@@ -136,6 +138,8 @@ def snapshot(s: wire.Snapshot) -> str:
             ("Parent", s.parent or "none"),
             ("Created", when(s.created_at)),
             ("Accomplished", when(s.accomplished_at) if s.accomplished_at else ""),
+            ("Expires", when(s.expires_at) if s.expires_at else ""),
+            ("Locked until", when(s.locked_until) if s.locked_until else ""),
             ("Size", size(s.size_bytes)),
             ("Read", size(s.read_bytes)),
             ("Changed", size(s.changed_bytes)),

@@ -94,6 +94,31 @@ def disks(ctx: typer.Context, incomplete: str) -> Words:
         return []
 
 
+def attached_disks(ctx: typer.Context, incomplete: str) -> Words:
+    """Return the disks of all guests as GUEST/TARGET."""
+    try:
+        from hvsnap import wire  # noqa: PLC0415 - as above
+
+        with _daemon(ctx) as client:
+            guests_now = client.get("/guests", wire.GuestList).guests
+        words = [(f"{guest.name}/{disk.target}", disk.path) for guest in guests_now for disk in guest.disks]
+        return plain(words, incomplete)
+    except Exception:
+        return []
+
+
+def policies(ctx: typer.Context, incomplete: str) -> Words:
+    """Return the policies' names."""
+    try:
+        from hvsnap import wire  # noqa: PLC0415 - as above
+
+        with _daemon(ctx) as client:
+            answer = client.get("/policies", wire.PolicyList)
+        return plain([(one.name, f"{len(one.disks)} disks") for one in answer.policies], incomplete)
+    except Exception:
+        return []
+
+
 def snapshots(ctx: typer.Context, incomplete: str) -> Words:
     """Return the ids of the newest snapshots, with their names."""
     return _snapshots(ctx, incomplete, disk="")

@@ -189,6 +189,29 @@ class RollbackFailedPayload(RollbackPayload):
     error: str
 
 
+class PolicyRunPayload(DiskPayload):
+    """A policy's run on one disk."""
+
+    policy: str = Field(description="its name")
+    snapshot: str
+    name: str = Field(description="of the snapshot")
+
+
+class PolicyMissedPayload(BaseModel):
+    """Hours that passed without a run."""
+
+    policy: str = Field(description="its name")
+    missed: int = Field(ge=1, description="how many")
+    last: AwareDatetime = Field(description="the last one of them")
+
+
+class PolicyFailedPayload(DiskPayload):
+    """A policy's run on one disk that did not begin, or did not end well."""
+
+    policy: str = Field(description="its name")
+    error: str
+
+
 class VerificationPayload(BaseModel):
     """What was read again, and is not what was stored."""
 
@@ -227,15 +250,38 @@ class EventMessage(Message):
 
 
 class SnapshotEvent(EventMessage):
-    """A snapshot was begun, is accomplished, has failed, was deleted."""
+    """A snapshot was begun, is accomplished, has failed; was deleted, came to its end, or made room for another."""
 
     type: Literal[
         EventType.SNAPSHOT_CREATED,
         EventType.SNAPSHOT_ACCOMPLISHED,
         EventType.SNAPSHOT_FAILED,
         EventType.SNAPSHOT_DELETED,
+        EventType.SNAPSHOT_EXPIRED,
+        EventType.SNAPSHOT_EVICTED,
     ]
     payload: SnapshotPayload
+
+
+class PolicyRunEvent(EventMessage):
+    """A policy has begun a snapshot of a disk."""
+
+    type: Literal[EventType.POLICY_RUN]
+    payload: PolicyRunPayload
+
+
+class PolicyMissedEvent(EventMessage):
+    """Hours of a policy passed without a run: the daemon was down, or the clock was changed."""
+
+    type: Literal[EventType.POLICY_MISSED]
+    payload: PolicyMissedPayload
+
+
+class PolicyFailedEvent(EventMessage):
+    """A policy could not make a snapshot of a disk."""
+
+    type: Literal[EventType.POLICY_FAILED]
+    payload: PolicyFailedPayload
 
 
 class NewDiskEvent(EventMessage):
@@ -310,6 +356,9 @@ class DaemonEvent(EventMessage):
 
 AnyEvent = Annotated[
     SnapshotEvent
+    | PolicyRunEvent
+    | PolicyMissedEvent
+    | PolicyFailedEvent
     | NewDiskEvent
     | NewDiskFailedEvent
     | RollbackEvent

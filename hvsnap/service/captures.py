@@ -85,7 +85,10 @@ class Captures:
 
     async def create(self, request: SnapshotRequest) -> list[Snapshot]:
         """Check the request, start the captures, and return their snapshots in state ``progressing``."""
-        name = names.check_name(request.name) if request.name else names.default_name(self._clock.now())
+        name = request.name or names.default_name(self._clock.now())
+        automatic = request.automatic
+        if automatic is None:
+            name = names.check_name(name)
         description = names.check_description(request.description)
         tags = names.check_tags(request.tags)
         if self._stopping:
@@ -112,6 +115,9 @@ class Captures:
                     created_at=self._clock.now(),
                     group=group,
                     tags=dict(tags),
+                    automatic=automatic is not None,
+                    expires_at=None if automatic is None else automatic.expires_at,
+                    retention="" if automatic is None else automatic.retention,
                 )
                 for disk in disks
             ]

@@ -42,7 +42,12 @@ NEARLY_FULL = 0.05
 ROOM_AGAIN = 0.07
 TOLD_MAX = 100
 
-FREEING = {EventType.SNAPSHOT_DELETED, EventType.SNAPSHOT_FAILED}
+FREEING = {
+    EventType.SNAPSHOT_DELETED,
+    EventType.SNAPSHOT_EXPIRED,
+    EventType.SNAPSHOT_EVICTED,
+    EventType.SNAPSHOT_FAILED,
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -250,6 +250,29 @@ class Inventory:
         base = (await self.overlays()).get(name)
         return pick_disk(disks, name if base is None else base.path, guest=guest)
 
+    async def find_attached(self, name: str) -> Found:
+        """Return an attached disk by its id, path, ``GUEST/TARGET``, or target where only one guest has such a one.
+
+        Raises :class:`DiskUnknown`, :class:`BadRequest` if several match, :class:`NoEligibleDisk` with the reason.
+        """
+        found = []
+        for guest in await self.guests():
+            for view in guest.disks:
+                known = await self.known(guest, view)
+                paths = {layer.path for layer in view.layers[:1]}
+                names = {view.target, f"{guest.name}/{view.target}", f"{guest.uuid}/{view.target}", *paths}
+                if name in names or (known is not None and known.id == name):
+                    found.append(Found(guest, view, known))
+        if not found:
+            raise DiskUnknown(f"no guest has a disk {name[:128]}")
+        if len(found) > 1:
+            several = _enumerate(f"{one.guest.name}/{one.view.target}" for one in found)
+            raise BadRequest(f"{name[:128]} means several disks: {several}", hint="name it GUEST/TARGET")
+        if found[0].view.skip_reason:
+            why = f"disk {name[:128]} cannot be captured: {found[0].view.skip_reason}"
+            raise NoEligibleDisk(why)
+        return found[0]
+
     async def attached(self, disk: Disk) -> Found:
         """Return a known disk as it is attached to its guest now.
 

@@ -13,11 +13,20 @@ from hvsnap.model import Consistency, DiskId, Progress, Snapshot, SnapshotId
 
 
 @dataclass(frozen=True, slots=True)
+class Automatic:
+    """What a policy's run says of its snapshot: how long it stays (SERVICE 5.3)."""
+
+    expires_at: float | None
+    retention: str
+
+
+@dataclass(frozen=True, slots=True)
 class SnapshotRequest:
     """Make snapshots of a guest's disks (SERVICE 2).
 
     ``disks`` are named by target, path or id; none: every disk of the guest that can be captured. ``group`` holds all
     of them at the same instant. ``wait`` queues behind a running capture of a disk instead of being refused.
+    ``automatic`` marks a policy's run, whose name is of the reserved kind.
     """
 
     guest: str
@@ -28,6 +37,7 @@ class SnapshotRequest:
     consistency: Consistency = Consistency.AUTO
     group: bool = False
     wait: bool = False
+    automatic: Automatic | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from hvsnap.service.disks import Disks
 from hvsnap.service.doctor import Doctor
 from hvsnap.service.feed import Feed
 from hvsnap.service.guests import Guests
+from hvsnap.service.policies import Policies
 from hvsnap.service.recovery import Recovery
 from hvsnap.service.requests import CapturesPort
 from hvsnap.service.snapshots import Snapshots
@@ -25,6 +26,7 @@ class Service:
     snapshots: Snapshots
     captures: CapturesPort
     chains: Chains
+    policies: Policies
     disks: Disks
     store: Store
     tasks: Tasks

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 from hvsnap import wire
 from hvsnap.catalog.catalog import Catalog
-from hvsnap.errors import Refused, SnapshotInUse, SnapshotUnknown
+from hvsnap.errors import BadRequest, Refused, SnapshotInUse, SnapshotLocked, SnapshotUnknown
 from hvsnap.happenings import EventType, snapshot_payload
 from hvsnap.model import Disk, Operation, Snapshot, SnapshotId, State
+from hvsnap.ports import Clock
 from hvsnap.restore import rollback
 from hvsnap.service import views
 from hvsnap.service.freeing import plan_deletion
 from hvsnap.service.inventory import Inventory
+from hvsnap.service.names import check_description, check_name, check_tags
 from hvsnap.service.requests import CapturesPort
 from hvsnap.service.uses import Uses
 
@@ -40,7 +42,10 @@ def check_unused(ids: Sequence[SnapshotId], progressing: Sequence[Snapshot], jou
 class Snapshots:
     """Lists, shows and deletes snapshots."""
 
-    def __init__(self, catalog: Catalog, inventory: Inventory, captures: CapturesPort, uses: Uses) -> None:
+    def __init__(
+        self, catalog: Catalog, inventory: Inventory, captures: CapturesPort, uses: Uses, clock: Clock
+    ) -> None:
+        self._clock = clock
         self._catalog = catalog
         self._inventory = inventory
         self._captures = captures
@@ -92,30 +97,74 @@ class Snapshots:
         await self._captures.cancel(row.id)
         return await self.info(row.id)
 
-    async def delete(self, ids: Sequence[str], *, dry_run: bool) -> wire.Deletion:
+    async def delete(
+        self, ids: Sequence[str], *, dry_run: bool, told_as: EventType = EventType.SNAPSHOT_DELETED
+    ) -> wire.Deletion:
         """Delete snapshots, all of them or none, or tell what that would free (SERVICE 4).
 
-        Raises :class:`SnapshotUnknown`, :class:`SnapshotInUse`.
+        ``told_as`` is the event that each becomes. Raises :class:`SnapshotUnknown`, :class:`SnapshotInUse`,
+        :class:`SnapshotLocked`.
         """
         rows = [await self.row(name) for name in dict.fromkeys(ids)]
+        for row in rows:
+            self._check_unlocked(row)
         wanted = [row.id for row in rows]
         with self._uses.hold_for_deletion(wanted):
             await self._check_unused(wanted)
             plan = await plan_deletion(self._catalog, wanted)
             if not dry_run:
-                await self._delete(rows)
+                await self._delete(rows, told_as)
         freed = [wire.Freed(id=name, freed_bytes=plan.alone[name]) for name in wanted]
         return wire.Deletion(dry_run=dry_run, snapshots=freed, freed_bytes=plan.together)
 
-    async def _delete(self, rows: Sequence[Snapshot]) -> None:
+    async def lock(self, snapshot_id: str, until: float) -> wire.Snapshot:
+        """Lock a snapshot against deletion, by anybody, until an instant; a lock is never made shorter.
+
+        Raises :class:`SnapshotUnknown`, :class:`Refused`.
+        """
+        row = await self.row(snapshot_id)
+        if row.state is not State.ACCOMPLISHED:
+            raise Refused(f"snapshot {row.id} is {row.state}", hint="only accomplished snapshots can be locked")
+        if until <= self._clock.now():
+            raise BadRequest("the lock would end in the past", hint="give a later time, for example 2027-01-31")
+        if row.locked_until is not None and row.locked_until > until:
+            hint = "that is what a lock is for; it can be made longer"
+            raise SnapshotLocked(f"snapshot {row.id} is locked until {views.when(row.locked_until)}", hint=hint)
+        async with self._catalog.write() as tx:
+            await tx.update_snapshot(row.id, locked_until=until)
+        return await self.info(row.id)
+
+    async def edit(
+        self, snapshot_id: str, *, name: str | None, description: str | None, tags: dict[str, str] | None
+    ) -> wire.Snapshot:
+        """Change what people call a snapshot; None leaves a thing as it is. Raises :class:`BadRequest`."""
+        row = await self.row(snapshot_id)
+        changes: dict[str, object] = {}
+        if name is not None:
+            changes["name"] = check_name(name)
+        if description is not None:
+            changes["description"] = check_description(description)
+        if tags is not None:
+            changes["tags"] = check_tags(tags)
+        if changes:
+            async with self._catalog.write() as tx:
+                await tx.update_snapshot(row.id, **changes)
+        return await self.info(row.id)
+
+    def _check_unlocked(self, row: Snapshot) -> None:
+        if row.locked_until is not None and row.locked_until > self._clock.now():
+            raise SnapshotLocked(f"snapshot {row.id} is locked until {views.when(row.locked_until):%Y-%m-%d %H:%M} UTC")
+
+    async def _delete(self, rows: Sequence[Snapshot], told_as: EventType) -> None:
         wanted = [row.id for row in rows]
         disks = {row.disk: await self._catalog.disk(row.disk) for row in rows}
         async with self._catalog.write() as tx:
             # Again, now that no capture can begin or end: one that began since the first look has its row by now.
             await self._check_unused(wanted)
             for row in rows:
+                self._check_unlocked(await self._catalog.snapshot(row.id))
                 await tx.delete_snapshot(row.id)
-                await tx.emit(EventType.SNAPSHOT_DELETED, snapshot_payload(disks[row.disk], row))
+                await tx.emit(told_as, snapshot_payload(disks[row.disk], row))
 
     async def _check_unused(self, ids: Sequence[SnapshotId]) -> None:
         check_unused(ids, await self._catalog.snapshots(state=State.PROGRESSING), await self._catalog.operations())

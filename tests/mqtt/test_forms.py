@@ -30,6 +30,12 @@ PAYLOADS: dict[EventType, dict[str, Any]] = {
     EventType.SNAPSHOT_ACCOMPLISHED: SNAPSHOT,
     EventType.SNAPSHOT_FAILED: FAILED,
     EventType.SNAPSHOT_DELETED: SNAPSHOT,
+    EventType.SNAPSHOT_EXPIRED: SNAPSHOT,
+    EventType.SNAPSHOT_EVICTED: SNAPSHOT,
+    EventType.POLICY_RUN: disk_payload(DISK)
+    | {"policy": "nightly", "snapshot": "s-aaaaaaaaaaaa", "name": "auto_20260601_1"},
+    EventType.POLICY_MISSED: {"policy": "nightly", "missed": 2, "last": "2026-06-01T02:00:00Z"},
+    EventType.POLICY_FAILED: disk_payload(DISK) | {"policy": "nightly", "error": "no space"},
     EventType.DISK_CREATED: NEW_DISK,
     EventType.DISK_CREATE_FAILED: NEW_DISK | {"error": "no space"},
     EventType.ROLLBACK_STARTED: ROLLBACK,

@@ -156,7 +156,7 @@ def judge_ours(name: str, other: str) -> str:
         return "adapters do not know each other"
     if layer is Layer.ADAPTER and room != other_room and ROOMS.get(room) is ROOMS.get(other_room) is Layer.ADAPTER:
         return "adapters do not know each other's formats"
-    if layer is Layer.COMMAND_LINE and target not in (Layer.VALUES, Layer.COMMAND_LINE):
+    if layer is Layer.COMMAND_LINE and target not in (Layer.VALUES, Layer.PURE, Layer.COMMAND_LINE):
         return "" if name in WITHOUT_A_DAEMON else "the command line knows the daemon by its socket"
     return ""
 

@@ -212,3 +212,41 @@ def test_letting_go_twice_is_letting_go_once(counts: tuple[int, ...], size: int,
     assert policy.expired(left, 1e12, active=True) == []
     if not keep.empty:
         assert len(left) <= max(1, sum(counts))
+
+
+def test_a_year_of_two_hundred_disks_under_ten_policies_keeps_exactly_what_the_rules_say() -> None:
+    """Every hour of a year is looked at, every day is tidied; what must be left is worked out apart from that."""
+    zones = ("Europe/Berlin", "America/New_York", "Asia/Tokyo", "UTC", "Australia/Lord_Howe")
+    plans = [
+        a_policy(
+            name=f"policy-{n}",
+            hours=(n, n + 12) if n % 2 else (2,),
+            weekdays=(0, 1, 2, 3, 4) if n % 3 == 0 else (0, 1, 2, 3, 4, 5, 6),
+            timezone=zones[n % 5],
+            retain_days=5 + n,
+        )
+        for n in range(10)
+    ]
+    start, end = at("2026-01-01T00:00Z"), at("2027-01-01T00:00Z")
+    kept: dict[int, list[Snapshot]] = {disk: [] for disk in range(200)}
+    number, last = 0, start
+    while last < end:
+        now = last + HOUR_S
+        due = [policy.decide_due(plan, last, now, HOUR_S + 1) for plan in plans]
+        assert not any(one.missed for one in due)
+        for disk, mine in kept.items():
+            plan = plans[disk % 10]
+            if due[disk % 10].run is not None:
+                number += 1
+                name = policy.automatic_name(plan, now, [one.name for one in mine[-4:]])
+                expires = policy.expires_at(plan, now)
+                mine.append(a_snapshot(DISK, number, automatic=True, created_at=now, expires_at=expires, name=name))
+            if now % DAY_S == 0:
+                gone = set(policy.expired(mine, now, active=True))
+                mine[:] = [one for one in mine if one.id not in gone]
+        last = now
+    for disk, mine in kept.items():
+        plan = plans[disk % 10]
+        ran = {-(-moment // HOUR_S) * HOUR_S for moment in policy.due_times(plan, start, end)}
+        assert {one.created_at for one in mine} == {m for m in ran if m + DAY_S * int(plan.retain_days or 0) > end}
+        assert len({one.name for one in mine}) == len(mine)

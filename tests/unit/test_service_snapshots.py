@@ -55,7 +55,7 @@ async def house(workdir: Path) -> AsyncIterator[House]:
         hypervisor = FakeHypervisor(a_guest(a_view()), a_guest(uuid=MAIL, name="mail"))
         captures, uses = FakeCaptures(catalog), Uses()
         inventory = Inventory(hypervisor, catalog, StoppedClock())
-        snapshots = Snapshots(catalog, inventory, captures, uses)
+        snapshots = Snapshots(catalog, inventory, captures, uses, StoppedClock())
         chains = Chains(catalog, inventory, captures, snapshots_max=64)
         yield House(catalog, hypervisor, captures, uses, snapshots, chains, inventory)
 

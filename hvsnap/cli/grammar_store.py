@@ -1,0 +1,67 @@
+"""What can be typed about the store: the rest of :mod:`hvsnap.cli.grammar`."""
+# ruff: noqa: PLC0415
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hvsnap.cli import words
+from hvsnap.cli.grammar import SNAPSHOTS, Detach, command, flag
+from hvsnap.cli.session import Session
+
+STORE = "The store"
+
+
+@command("snapshot-verify", SNAPSHOTS, example="hvsnap snapshot-verify s-mfrggzdfmztw")
+def snapshot_verify(
+    session: Session,
+    ids: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SNAPSHOT", help="Their ids.", autocompletion=words.snapshots),
+    ] = None,
+    everything: Annotated[bool, flag("--all", help="All that is stored.")] = False,
+    detach: Detach = False,
+) -> int:
+    """Read every stored block of snapshots again, and name the snapshots that a damaged one affects.
+
+    Exits with 7 if there is damage. A damaged block is never reused, and heals when a capture brings the same content.
+    """
+    from hvsnap.cli import store
+
+    return store.verify(session, ids or [], everything=everything, detach=detach)
+
+
+@command("store-info", STORE, example="hvsnap store-info")
+def store_info(session: Session) -> None:
+    """Show what the store holds, and whether damage is known."""
+    from hvsnap.cli import store
+
+    store.info(session)
+
+
+@command("store-check", STORE, example="hvsnap store-check")
+def store_check(session: Session, detach: Detach = False) -> int:
+    """Compare catalog and store, both ways, without reading blocks.
+
+    Exits with 7 if snapshots suffer from what is missing.
+    """
+    from hvsnap.cli import store
+
+    return store.check(session, detach=detach)
+
+
+@command("store-compact", STORE, example="hvsnap store-compact --dry-run")
+def store_compact(
+    session: Session,
+    dry_run: Annotated[bool, flag("--dry-run", help="Only tell what that would free.")] = False,
+    detach: Detach = False,
+) -> int:
+    """Free what no snapshot refers to any more.
+
+    The daemon does it by itself after every deletion.
+    """
+    from hvsnap.cli import store
+
+    return store.compact(session, dry_run=dry_run, detach=detach)
