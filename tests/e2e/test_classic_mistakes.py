@@ -401,6 +401,36 @@ def test_resized_disk_is_rescanned_and_old_snapshots_keep_their_size(
     rig.check_snapshots(disk)
 
 
+@pytest.mark.parametrize("kind", ["qcow2", "raw"])
+def test_disk_that_grows_during_its_capture_also_when_its_guest_dies_then(
+    kind: str, make_rig: Callable[..., Rig], workdir: Path
+) -> None:
+    rig = make_rig([DiskSpec(make_image(workdir / f"a.{kind}", str(SIZE), kind), kind)])
+    (disk,) = rig.disks
+
+    def grow() -> None:
+        size = disk.size + 3 * BLOCK + 512
+        rig.guest.domain().blockResize(disk.target, size, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+        disk.replica.resize(size)
+        rig.do(disk, write(size - 3 * BLOCK, BLOCK, 2), write(size - 5, 5, 3))
+
+    def grow_and_die() -> None:
+        grow()
+        rig.flush(disk)
+        rig.guest.kill()
+
+    rig.do(disk, write(0, disk.size, 1))
+    rig.capture([disk], grow)
+    rig.check_disk(disk, "a disk that grew")
+    (after,) = rig.capture([disk], grow_and_die)
+    assert "resized" in after.reason
+    rig.check_disk(disk, "a disk that grew and lost its guest")
+    rig.guest.start()
+    rig.do(disk, write(BLOCK, 5, 4))
+    rig.capture([disk])
+    rig.check_snapshots(disk)
+
+
 def test_raw_file_whose_size_is_no_multiple_of_a_sector(make_rig: Callable[..., Rig], workdir: Path) -> None:
     image = make_image(workdir / "a.raw", str(MIB), "raw")
     with image.open("r+b") as file:
