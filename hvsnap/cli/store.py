@@ -99,6 +99,7 @@ def shown(answer: wire.StoreInfo) -> str:
     verified = "never" if answer.verified_since is None else f"since {render.when(answer.verified_since)}"
     if answer.verified_since is not None and answer.unverified_packs:
         verified += f"; {count(answer.unverified_packs, 'pack')} never yet"
+    damaged = f"{count(answer.damaged_blocks, 'block')}{_whom(answer.affected)}"
     return render.fields(
         [
             ("Place", answer.url),
@@ -110,10 +111,7 @@ def shown(answer: wire.StoreInfo) -> str:
             ("Free", "" if answer.free_bytes is None else space),
             ("Swept", "now" if answer.sweeping else render.when(answer.swept_at)),
             ("Verified", verified),
-            (
-                "Damaged",
-                f"{count(answer.damaged_blocks, 'block')}{_whom(answer.affected)}" if answer.damaged_blocks else "",
-            ),
+            ("Damaged", damaged if answer.damaged_blocks else ""),
         ]
     )
 
@@ -136,7 +134,8 @@ def _verified(result: wire.SnapshotsVerified, *, quiet: bool) -> str:
     lines += [f"written anew: {safe(name)}" for name in result.rewritten[:LINES_MAX]]
     lines += _affected(result.affected)
     if not quiet:
-        what = f"{count(result.snapshots, 'snapshot')}, {count(result.blocks, 'block')}, {render.size(result.read_bytes)} read"
+        what = f"{count(result.snapshots, 'snapshot')}, {count(result.blocks, 'block')}"
+        what += f", {render.size(result.read_bytes)} read"
         healed = f", {result.healed_blocks} whole again" if result.healed_blocks else ""
         lines.append(f"{what}: {result.damaged_blocks or 'none'} damaged{healed}")
     return "\n".join(lines)
@@ -174,6 +173,7 @@ def _compacted(result: wire.StoreCompacted, *, quiet: bool) -> str:
 
 def _affected(affected: Sequence[wire.AffectedSnapshot]) -> list[str]:
     return [
-        f"does not restore: {one.id} {safe(one.guest)}/{safe(one.target)} {safe(one.name)} ({count(one.blocks, 'block')})"
+        f"does not restore: {one.id} {safe(one.guest)}/{safe(one.target)} {safe(one.name)} "
+        f"({count(one.blocks, 'block')})"
         for one in affected
     ]
