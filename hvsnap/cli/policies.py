@@ -78,7 +78,7 @@ def listing(session: Session) -> None:
     rows = [
         (
             one.name,
-            ",".join(map(str, one.hours)),
+            _spans(one.hours, tuple(map(str, range(24)))),
             _weekdays(one.weekdays),
             one.timezone or "the host's",
             kept(one),
@@ -101,7 +101,8 @@ def delete(session: Session, name: str) -> None:
     """Remove a policy."""
     with session.client() as client:
         gone = client.post(place("policies", name, "delete"), wire.Policy)
-    session.answer(gone, f"{gone.name} is deleted; {len(gone.disks)} disks have no policy any more")
+    had = ", ".join(f"{disk.guest}/{disk.target}" for disk in gone.disks)
+    session.answer(gone, safe(f"{gone.name} is deleted" + (f"; without a policy now: {had}" if had else "")))
 
 
 def apply(session: Session, name: str, disks: Sequence[str]) -> None:
@@ -171,7 +172,7 @@ def render_one(one: wire.Policy) -> str:
         [
             ("Id", one.id),
             ("Name", one.name),
-            ("Hours", ",".join(map(str, one.hours))),
+            ("Hours", _spans(one.hours, tuple(map(str, range(24))))),
             ("Weekdays", _weekdays(one.weekdays)),
             ("Time zone", one.timezone or "the host's"),
             ("Kept", kept(one)),
@@ -182,7 +183,21 @@ def render_one(one: wire.Policy) -> str:
 
 
 def _weekdays(days: Sequence[int]) -> str:
-    return "daily" if len(days) == 7 else ",".join(rules.WEEKDAYS[day] for day in days)
+    return "daily" if len(days) == 7 else _spans(days, rules.WEEKDAYS)
+
+
+def _spans(numbers: Sequence[int], names: Sequence[str]) -> str:
+    """Return numbers as people write them: three or more that follow each other as a range."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and spans[-1][-1] == number - 1:
+            spans[-1].append(number)
+        else:
+            spans.append([number])
+    return ",".join(
+        f"{names[span[0]]}-{names[span[-1]]}" if len(span) > 2 else ",".join(names[number] for number in span)
+        for span in spans
+    )
 
 
 def _applied(answer: wire.PolicyApplied) -> str:

@@ -67,14 +67,19 @@ class Guests:
         for snapshot in await self._catalog.snapshots(state=State.ACCOMPLISHED):
             chains.setdefault(snapshot.disk, []).append(snapshot)
         busy = self._captures.busy_disks()
+        policies: dict[str | None, str] = {one.id: one.name for one in await self._catalog.policies()}
         return wire.GuestList(
-            guests=[await self._guest(guest, chains, busy) for guest in census.guests],
+            guests=[await self._guest(guest, chains, policies, busy) for guest in census.guests],
             notes=[f"{name}: {error.message}" for name, error in census.silent.items()],
         )
 
     async def _guest(
-        self, guest: GuestView, chains: dict[DiskId, list[Snapshot]], busy: set[DiskId]
-    ) -> wire.Guest:  # fmt: skip
+        self,
+        guest: GuestView,
+        chains: dict[DiskId, list[Snapshot]],
+        policies: dict[str | None, str],
+        busy: set[DiskId],
+    ) -> wire.Guest:
         known = [await self._inventory.known(guest, disk) for disk in guest.disks]
         seen = await asyncio.gather(
             *(self._look(guest, disk, row) for disk, row in zip(guest.disks, known, strict=True))
@@ -82,7 +87,8 @@ class Guests:
         disks = []
         for disk, row, look in zip(guest.disks, known, seen, strict=True):
             chain = [] if row is None else chains.get(row.id, [])
-            disks.append(self._disk(disk, row, look, chain, capturing=row is not None and row.id in busy))
+            one = self._disk(disk, row, look, chain, capturing=row is not None and row.id in busy)
+            disks.append(one.model_copy(update={"policy": policies.get(None if row is None else row.policy)}))
         return wire.Guest(name=guest.name, uuid=guest.uuid, state=guest.state, disks=disks)
 
     async def _look(self, guest: GuestView, disk: DiskView, known: Disk | None) -> _Seen:

@@ -129,7 +129,7 @@ class Snapshots:
             raise BadRequest("the lock would end in the past", hint="give a later time, for example 2027-01-31")
         if row.locked_until is not None and row.locked_until > until:
             hint = "that is what a lock is for; it can be made longer"
-            raise SnapshotLocked(f"snapshot {row.id} is locked until {views.when(row.locked_until)}", hint=hint)
+            raise SnapshotLocked(f"snapshot {row.id} is locked until {_shown(row.locked_until)} already", hint=hint)
         async with self._catalog.write() as tx:
             await tx.update_snapshot(row.id, locked_until=until)
         return await self.info(row.id)
@@ -153,7 +153,7 @@ class Snapshots:
 
     def _check_unlocked(self, row: Snapshot) -> None:
         if row.locked_until is not None and row.locked_until > self._clock.now():
-            raise SnapshotLocked(f"snapshot {row.id} is locked until {views.when(row.locked_until):%Y-%m-%d %H:%M} UTC")
+            raise SnapshotLocked(f"snapshot {row.id} is locked until {_shown(row.locked_until)}")
 
     async def _delete(self, rows: Sequence[Snapshot], told_as: EventType) -> None:
         wanted = [row.id for row in rows]
@@ -171,3 +171,7 @@ class Snapshots:
 
     def _view(self, row: Snapshot, disk: Disk) -> wire.Snapshot:
         return views.snapshot(row, disk, self._captures.progress(row.id))
+
+
+def _shown(moment: float) -> str:
+    return f"{views.when(moment):%Y-%m-%d %H:%M} UTC"
