@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from hvsnap.errors import Damaged, HvsnapError
 from hvsnap.model import PAGE_BLOCKS, SnapshotId
+from hvsnap.service.freeing import plan_deletion
 from hvsnap.store.idset import IdSet
 from hvsnap.upkeep import manifests
 from hvsnap.upkeep.plan import Fate
@@ -93,9 +94,9 @@ steps = st.lists(
 class History:
     """One run over a store and a catalog of its own."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, objects: FusedObjects) -> None:
         self.directory = directory
-        self.objects = FusedObjects()
+        self.objects = objects
         self.disks = Disks()
         self.house: House
 
@@ -121,7 +122,7 @@ class History:
                 await self.take(disk, fails)
             case Delete(which):
                 if self.disks.expected:
-                    await self.disks.delete(self.house, self.pick(which))
+                    await self.delete(self.pick(which))
             case RollBack(which):
                 if self.disks.expected:
                     snapshot = self.pick(which)
@@ -130,6 +131,13 @@ class History:
                     await self.disks.roll_back(self.house, name, snapshot)
             case Sweep(killed_at, after):
                 await self.sweep(killed_at, after)
+
+    async def delete(self, snapshot: SnapshotId) -> None:
+        """Delete, and hold what-if to its word, to the byte."""
+        promised = (await plan_deletion(self.house.catalog, [snapshot])).together
+        before = await referred_bytes(self.house)
+        await self.disks.delete(self.house, snapshot)
+        assert before - await referred_bytes(self.house) == promised
 
     async def take(self, disk: str, fails: bool) -> None:
         if not fails:
@@ -181,10 +189,10 @@ class History:
         return names[which % len(names)]
 
 
-def play(sequence: list[Step]) -> None:
+def play(sequence: list[Step], objects: FusedObjects | None = None) -> None:
     directory = Path(tempfile.mkdtemp(prefix="hvsnap-history-"))
     try:
-        asyncio.run(History(directory).run(sequence))
+        asyncio.run(History(directory, objects or FusedObjects()).run(sequence))
     finally:
         shutil.rmtree(directory)
 
@@ -231,7 +239,7 @@ LARGE: list[Step] = [
 
 
 async def test_a_sweep_deletes_punches_and_rewrites_packs(tmp_path: Path) -> None:
-    history = History(tmp_path)
+    history = History(tmp_path, FusedObjects())
     await history.open()
     for name in DISKS:
         await history.disks.add(history.house, name)
@@ -245,6 +253,20 @@ async def test_a_sweep_deletes_punches_and_rewrites_packs(tmp_path: Path) -> Non
     await history.exact()
     await history.disks.check(history.house)
     await history.house.close()
+
+
+async def refuse(_name: str, _holes: object) -> bool:
+    return False
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("killed_at", range(-1, 20))
+def test_where_no_holes_can_be_had_packs_are_rewritten(killed_at: int, after: bool) -> None:
+    """As in a bucket, or on a file system that refuses."""
+    objects = FusedObjects()
+    objects.punch = refuse  # type: ignore[method-assign,assignment]
+    play([*LARGE, Sweep(killed_at, after)], objects)
+    assert not objects.holes
 
 
 @pytest.mark.parametrize("after", [False, True])

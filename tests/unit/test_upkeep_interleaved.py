@@ -16,7 +16,7 @@ from hvsnap.errors import Damaged
 from hvsnap.store.intake import Intake
 from hvsnap.upkeep.sweep import Sweeper
 from tests.store_kit import a_block, seeded
-from tests.upkeep_kit import Disks, House, PunchedObjects, Taking, a_house, live_bytes, referred_bytes
+from tests.upkeep_kit import Disks, House, PunchedObjects, Taking, a_house, live_bytes, referred_bytes, restored
 
 STEPS = ["guard", "mark", "manifests", "drop", "dropping", "pack", "orphans", "end"]
 
@@ -177,6 +177,30 @@ async def test_a_put_waits_while_blocks_are_dropped_and_is_told_nothing_stale(ho
     await taking.stage()
     await taking.accomplish()
     await exact(house, disks)
+
+
+async def test_a_reader_finds_blocks_that_moved_since_it_looked(
+    house: House, disks: Disks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pack is rewritten and deleted between the look into the catalog and the reading."""
+    snapshot = list(disks.expected)[-1]
+    packs = await house.catalog.upkeep.packs()
+    fetcher = house.store._fetcher
+    read = fetcher._range
+    moved = False
+
+    async def move_first(part: object) -> bytes:
+        nonlocal moved
+        if not moved:
+            moved = True
+            await house.sweeper.sweep()
+            await house.sweeper.rewrite(await house.catalog.upkeep.packs())
+            assert {pack.name for pack in packs}.isdisjoint({p.name for p in await house.catalog.upkeep.packs()})
+        return await read(part)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fetcher, "_range", move_first)
+    assert await restored(house, snapshot) == disks.expected[snapshot]
+    assert moved
 
 
 @pytest.mark.parametrize("broken", ["no guard", "no lease"])

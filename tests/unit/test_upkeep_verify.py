@@ -171,6 +171,20 @@ async def test_a_pack_that_was_cut_short_is_damaged_where_it_ends(
     assert first in found.affected
 
 
+async def test_packs_swapped_with_each_other_are_damaged(house: House, disks: Disks, objects: PunchedObjects) -> None:
+    one, other = [name for name in objects.objects if name.startswith("packs/")][:2]
+    objects.objects[one], objects.objects[other] = objects.objects[other], objects.objects[one]
+    checked = await Checker(house.catalog, house.store, house.clock).check()
+    assert {one.kind for one in checked.differences} == {Kind.PACK_DAMAGED}
+    found = await verify_all(house)
+    assert len(found.damaged) >= 2
+    for snapshot in found.affected:
+        with pytest.raises(Damaged):
+            await restored(house, snapshot)
+    for snapshot in set(disks.expected) - set(found.affected):
+        assert await restored(house, snapshot) == disks.expected[snapshot]
+
+
 async def test_a_pack_whose_index_is_damaged_is_written_anew(
     house: House, disks: Disks, objects: PunchedObjects
 ) -> None:
