@@ -25,6 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import libvirt
+
 from hvsnap.catalog.db import Cursor, Database
 from hvsnap.hypervisor import images, nbd_server, tools
 from hvsnap.hypervisor.libvirt import LibvirtHypervisor
@@ -33,6 +35,7 @@ from hvsnap.store.objects import LocalObjects, LocalWriter
 from tests import run_daemon
 
 POLL_S = 0.005
+SLOW_BYTES_S = 65536
 _ID = re.compile(r"[a-z]-[a-z2-7]{12}|[0-9a-f]{12,}")
 
 
@@ -40,8 +43,8 @@ _ID = re.compile(r"[a-z]-[a-z2-7]{12}|[0-9a-f]{12,}")
 class Order:
     """What to do at the ``nth`` passing of the point ``name``, counted since the order was given.
 
-    ``do``: "trace" only lists points, "kill" is SIGKILL at once, "hold" waits for ``CONTROL.go`` (:class:`Points` has
-    left ``CONTROL.reached``). ``side`` "during" kills ``delay_s`` after the call began.
+    ``do``: "trace" only lists points, "kill" is SIGKILL at once, "hold" waits for ``CONTROL.go-ID`` (and has left
+    ``CONTROL.reached-ID``). ``side`` "during" kills ``delay_s`` after the call began.
     """
 
     do: str
@@ -88,8 +91,8 @@ class Points:
     def act(self, order: Order) -> bool:
         """Carry an order out; True while it has to be waited for."""
         if order.do == "hold":
-            self._control.with_suffix(".reached").touch()
-            return not self._control.with_suffix(".go").exists()
+            self._control.with_suffix(f".reached-{order.id}").touch()
+            return not self._control.with_suffix(f".go-{order.id}").exists()
         if order.side == "during":
             threading.Timer(order.delay_s, _kill).start()
             return False
@@ -225,9 +228,22 @@ def _kind(path: str) -> str:
     return _ID.sub("*", "/".join(path.split("/")[-2:]))
 
 
+def _slow_commits(control: Path) -> None:
+    """Let commits crawl while there is a file ``CONTROL.slow``, so that somebody can die in the middle of one."""
+    commit = libvirt.virDomain.blockCommit
+
+    def slow(domain: Any, disk: str, base: str, top: str | None, bandwidth: int = 0, flags: int = 0) -> Any:
+        if control.with_suffix(".slow").exists():
+            bandwidth, flags = SLOW_BYTES_S, flags | libvirt.VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES
+        return commit(domain, disk, base, top, bandwidth, flags)
+
+    libvirt.virDomain.blockCommit = slow
+
+
 def install(control: Path) -> None:
     """Put all points in."""
     points = Points(control)
+    _slow_commits(control)
     for method in ("bitmap_add", "bitmap_remove", "switch_to_overlays", "commit_start", "commit_pivot"):
         wrap(points, LibvirtHypervisor, method, method)
     for method in ("freeze", "thaw", "redefine_source", "start", "shutdown"):

@@ -18,6 +18,7 @@ from tests.faults.killing_daemon import Order
 from tests.guest.image import GuestImage
 from tests.guest.libvirtd import Libvirtd
 
+pytestmark = pytest.mark.timeout(0 if os.environ.get("HVSNAP_TEST_ALL") else 300)
 SEED = int(os.environ.get("E2E_SEED", "20260714"))
 
 
@@ -189,6 +190,7 @@ def test_killed_anywhere_in_a_rollback(rig: OffRig, safety: bool) -> None:
     sweep(rig, rollback_action(rig, targets[0], safety_snapshot=safety), 10, cycle)
     rig.boot()
     rig.disk.replica.data[:] = rig.present()
+    rig.disk.forget()
     rig.write_on()
     rig.written(20)
     rig.stop_writing()
