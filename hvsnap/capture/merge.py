@@ -61,8 +61,9 @@ def next_action(
         if guest is None:
             return Action.COMMIT_OFFLINE
         raise HypervisorFailed(
-            f"{disk.overlay} holds newer data of disk {disk.target}, but the guest's definition no longer names it",
-            hint=f"shut the guest off, run `qemu-img commit -b {disk.base} {disk.overlay}`, then `hvsnap recover`",
+            f"{disk.overlay} holds newer data of disk {disk.target}, but the guest is no longer on it",
+            hint=f"if it ran on {disk.base} since, the two have parted: choose one. Either remove the overlay, or shut "
+            f"the guest off and run `qemu-img commit -b {disk.base} {disk.overlay}`; then `hvsnap recover`",
         )
     if found.top.path != disk.overlay:
         raise HypervisorFailed(

@@ -63,8 +63,10 @@ class BareRig(Rig):
         raise LookupError(disk.target)
 
     def sources(self) -> list[str]:
-        """Return the files that the devices' nodes are on."""
-        return [str(entry["inserted"]["file"]) for entry in self.qmp("query-block") if "inserted" in entry]
+        """Return the files that the devices' nodes are on, or the nodes that the test itself has made."""
+        made = {disk.spec.node for disk in self.disks}  # type: ignore[attr-defined]
+        shown = [entry["inserted"] for entry in self.qmp("query-block") if "inserted" in entry]
+        return [str(one["node-name"] if one["node-name"] in made else one["file"]) for one in shown]
 
     def left_behind(self) -> list[str]:
         """Return what is there of captures: files beside the images; nodes, jobs and exports in QEMU."""
@@ -81,7 +83,7 @@ class BareRig(Rig):
         if self.left_behind():
             raise AssertionError(f"left behind: {self.left_behind()}")
         if self.guest.active:
-            images = sorted(str(disk.spec.path) for disk in self.disks)
+            images = sorted(disk.spec.node or str(disk.spec.path) for disk in self.disks)  # type: ignore[attr-defined]
             if sorted(self.sources()) != images:
                 raise AssertionError(f"the guest is on {self.sources()} instead of {images}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from tests.e2e.oracle import BLOCK, logged_operation
 from tests.e2e.scenarios import write
 from tests.e2e_bare.conftest import MakeRig
 from tests.e2e_bare.rig import BareRig, DoctoredDaemon, a_disk, guests
-from tests.guest.bare import BareGuest
+from tests.guest.bare import BareDisk, BareGuest
 from tests.guest.domain import make_image
 from tests.guest.image import GuestImage
 from tests.guest.libvirtd import wait_for
@@ -69,6 +70,27 @@ def test_disks_with_an_iothread_are_redirected(
             (snapshot,) = (one for one in snapshots if one.target == disk.target)
             disk.replica.check(rig.restored(snapshot.id), f"snapshot {number} of {disk.target}")
     rig.check_on_images()
+
+
+@pytest.mark.parametrize("mode", ["fleece", "redirect"])
+def test_a_filter_above_the_image_stays_there_or_is_refused(make_rig: MakeRig, workdir: Path, mode: str) -> None:
+    path = make_image(workdir / "vda.qcow2", "4M")
+    file = {"driver": "file", "filename": str(path), "discard": "unmap"}
+    image = {"driver": "qcow2", "node-name": "image", "discard": "unmap", "file": file}
+    node = {"driver": "throttle", "node-name": "slow", "throttle-group": "group", "discard": "unmap", "file": image}
+    extra = ["-object", "throttle-group,id=group", "-blockdev", json.dumps(node)]
+    rig = make_rig([BareDisk(path, node="slow")], mode, extra=extra)
+    if mode == "redirect":
+        ended = rig.failed(rig.daemon.begin(rig.guest.name))
+        assert "a filter (slow) lies above the image" in ended.error
+    else:
+        random = Random(8)
+        for _ in range(3):
+            rig.random_operations(random, rig.disks[0], 5)
+            (snapshot,) = rig.capture(rig.disks, storm=random)
+        assert snapshot.method == "bitmap"
+        rig.check_snapshots(rig.disks[0])
+    assert rig.guest.root_node() == "slow"
 
 
 def test_qemus_nbd_server_in_other_hands_is_left_alone(make_rig: MakeRig, workdir: Path) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from hvsnap import wire
+from tests.e2e.oracle import check_same, converted
 from tests.e2e.scenarios import write
 from tests.e2e_bare.conftest import MakeRig
 from tests.e2e_bare.rig import BareRig, a_disk
@@ -94,3 +96,29 @@ def test_an_image_that_nobody_captured_is_ready(make_rig: MakeRig, workdir: Path
     assert recover(rig, workdir / "no-such.qcow2").returncode == 0
     rig.daemon.stop()
     assert recover(rig, rig.disks[0].spec.path).returncode == 0
+
+
+def test_a_guest_started_on_its_stale_image_is_left_alone_and_told(make_rig: MakeRig, workdir: Path) -> None:
+    """Its launcher did not ask first: nothing that was written to either is touched, until somebody decides."""
+    rig = died_redirected(make_rig, workdir, daemon_dies=True)
+    stale = [converted(disk.spec.path, disk.spec.format, workdir) for disk in rig.disks]
+    rig.guest.start()
+    rig.daemon.start()
+    with rig.daemon.client() as client:
+        (found,) = [one for one in client.get("/doctor", wire.DoctorReport).findings if one.check == "journal"]
+        assert found.severity == "warning"
+        (told,) = client.post("/recover", wire.Recovery).operations
+        assert told.outcome == "still-open"
+        assert "the two have parted" in told.detail
+    overlays = sorted(workdir.glob("*.overlay"))
+    assert len(overlays) == 2
+    for disk, image in zip(rig.disks, stale, strict=True):
+        check_same(converted(disk.spec.path, disk.spec.format, workdir), image, "the image that the guest is on")
+        rig.replace(disk)
+    for overlay in overlays:
+        overlay.unlink()
+    with rig.daemon.client() as client:
+        assert [one.outcome for one in client.post("/recover", wire.Recovery).operations] == ["undone"]
+    rig.capture(rig.disks, group=True)
+    for disk in rig.disks:
+        rig.check_snapshots(disk)

@@ -36,15 +36,18 @@ class BareDisk:
     iothread: bool = False
     extra: str = ""  # more properties of the device
     node_extra: str = ""  # more properties of the block node
+    node: str = ""  # the device is put on this node, which the test makes itself
 
     def arguments(self) -> list[str]:
         """Return QEMU's arguments for it."""
         if self.style == "if":
             return ["-drive", f"file={self.path},format={self.format},if=virtio,discard=unmap{self.node_extra}"]
         device = "virtio-blk-pci" if self.bus == "virtio" else "scsi-hd"
-        properties = f"{device},id={self.id},drive={self.id}-drive{self.extra}"
+        properties = f"{device},id={self.id},drive={self.node or self.id + '-drive'}{self.extra}"
         properties += f",serial={self.serial}" if self.serial else ""
         properties += ",iothread=io1" if self.iothread and self.bus == "virtio" else ""
+        if self.node:
+            return ["-device", properties]
         if self.style == "drive":
             drive = f"file={self.path},format={self.format},if=none,id={self.id}-drive,discard=unmap{self.node_extra}"
             return ["-drive", drive, "-device", properties]
@@ -145,7 +148,7 @@ class BareGuest(Shell):
         kind = ["-accel", "kvm", "-cpu", "host"] if kvm_works() else ["-accel", "tcg"]
         return [
             *self._qemu, "-name", self.name, *identity, "-machine", "q35", *kind, "-m", "192", "-nodefaults",
-            "-display", "none", "-no-user-config", *threads, *scsi, *disks, *boot,
+            "-display", "none", "-no-user-config", *threads, *scsi, *self._extra, *disks, *boot,
             "-serial", f"file:{self._directory}/{self.name}.console",
             "-device", "virtio-serial-pci",
             "-chardev", f"socket,id=command,path={self.ports}/command,server=on,wait=off",
@@ -156,7 +159,6 @@ class BareGuest(Shell):
             "-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0",
             "-qmp", f"unix:{self.qmp_socket},server=on,wait=off",
             "-qmp", f"unix:{self._test_socket},server=on,wait=off",
-            *self._extra,
         ]  # fmt: skip
 
     @property
