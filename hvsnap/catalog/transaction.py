@@ -61,6 +61,11 @@ class Transaction:
         await self._cursor.execute(sql, (f"sequence/{disk}", str(sequence)))
         return sequence
 
+    async def set_sequence(self, disk: DiskId, sequence: int) -> None:
+        """Let a disk's next snapshot have the number after this one."""
+        sql = "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
+        await self._cursor.execute(sql, (f"sequence/{disk}", str(sequence)))
+
     async def put_page(self, snapshot_id: SnapshotId, page: int, entries: Page) -> None:
         """Write a snapshot's entries of one page, in place of those it had; raises :class:`NoSpace` in time."""
         await self._cursor.check_room()

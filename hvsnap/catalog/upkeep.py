@@ -6,13 +6,22 @@ each of which may be the last before a crash: what is left to be done can always
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 import numpy as np
 
 from hvsnap.catalog import ranges
-from hvsnap.catalog.blocks import Blocks, entries_of, forget_damage, insert_pack, put_range, release, write
+from hvsnap.catalog.blocks import (
+    MERGE_BLOCKS,
+    Blocks,
+    blobs_of,
+    entries_of,
+    forget_damage,
+    insert_pack,
+    put_range,
+    release,
+    write,
+)
 from hvsnap.catalog.db import Cursor, Database
 from hvsnap.catalog.ranges import ENTRY, EntryArray
 from hvsnap.catalog.recent import prefixes_of
@@ -21,6 +30,10 @@ from hvsnap.ports import UInt64Array
 
 RANGES_IN_TRANSACTION = 128
 """Ranges that blocks are dropped from at once, 65,536 ids: others wait for it, some tenths of a second."""
+
+STALE_SHARE = 1 / 16
+STALE_MAX = 1 << 20
+"""Index entries of dropped blocks are removed when they are a 16th of the live ones, or a million (20 MiB)."""
 
 
 class Upkeep:
@@ -43,6 +56,11 @@ class Upkeep:
         async with self._db.transaction() as cursor:
             sql = "UPDATE packs SET to_sweep = to_sweep - ? WHERE number = ?"
             await cursor.execute(sql, (pack.to_sweep, pack.number))
+
+    async def to_sweep(self) -> None:
+        """Let the next sweep look at every pack: what lies in them beside live blocks is not known."""
+        async with self._db.transaction() as cursor:
+            await cursor.execute("UPDATE packs SET to_sweep = to_sweep + 1")
 
     async def forget_pack(self, number: int) -> None:
         """Remove the row of a pack without live blocks, whose object is gone."""
@@ -74,26 +92,41 @@ class Upkeep:
 
     async def _drop_some(self, ids: UInt64Array, parts: list[tuple[int, slice]]) -> int:
         async with self._db.transaction() as cursor:
-            dropped = [await self._drop_of_range(cursor, number, ids[part]) for number, part in parts]
-            gone_ids = np.concatenate([ids for ids, _ in dropped])
-            gone = np.concatenate([entries for _, entries in dropped])
+            blobs = await blobs_of(cursor, [number for number, _ in parts])
+            there = [(number, part) for number, part in parts if number in blobs]
+            dropped = [await _drop_of_range(cursor, number, ids[part], blobs[number]) for number, part in there]
+            gone_ids = np.concatenate([np.zeros(0, np.uint64), *(some for some, _ in dropped)])
+            gone = np.concatenate([np.zeros(0, ENTRY), *(entries for _, entries in dropped)])
             await release(cursor, gone)
             prefixes = prefixes_of(gone["digest"])
             order = np.argsort(prefixes)
             pairs = zip(prefixes[order].tolist(), gone_ids[order].tolist(), strict=True)
-            await cursor.many("DELETE FROM digests WHERE prefix = ? AND block = ?", pairs)
+            await cursor.many("INSERT OR IGNORE INTO stale_digests (prefix, block) VALUES (?, ?)", pairs)
             await forget_damage(cursor, [block for block in gone_ids.tolist() if self._blocks.is_damaged(block)])
             cursor.after_commit = lambda: self._blocks.forget(gone_ids)
         return int(gone["length"].sum())
 
-    async def _drop_of_range(self, cursor: Cursor, number: int, ids: UInt64Array) -> tuple[UInt64Array, EntryArray]:
-        found = await cursor.read("SELECT entries FROM blocks WHERE range = ?", (number,))
-        if not found:
-            return np.zeros(0, np.uint64), np.zeros(0, ENTRY)
-        entries = ranges.decode(found[0][0])
-        leaving = np.isin(ranges.ids_of(number, entries), ids)
-        await put_range(cursor, number, entries[~leaving])
-        return ranges.ids_of(number, entries[leaving]), entries[leaving]
+    async def tidy(self) -> int:
+        """Remove the index entries of dropped blocks, if they are many; return how many were removed.
+
+        In the order of the index, so that each of its pages is written once, not once for each block.
+        """
+        ((stale,),) = await self._db.read("SELECT count(*) FROM stale_digests")
+        ((live,),) = await self._db.read("SELECT total(live_blocks) FROM packs")
+        if not stale or stale < min(STALE_MAX, live * STALE_SHARE):
+            return 0
+        async with self._blocks.turn:
+            while await self._tidy_some():
+                pass
+        return int(stale)
+
+    async def _tidy_some(self) -> bool:
+        async with self._db.transaction() as cursor:
+            sql = "SELECT prefix, block FROM stale_digests ORDER BY prefix, block LIMIT ?"
+            pairs = await cursor.read(sql, (MERGE_BLOCKS,))
+            await cursor.many("DELETE FROM digests WHERE prefix = ? AND block = ?", pairs)
+            await cursor.many("DELETE FROM stale_digests WHERE prefix = ? AND block = ?", pairs)
+        return bool(pairs)
 
     def mover(self, places: Sequence[BlockPlace]) -> Mover:
         """Return what takes packs to which these blocks were copied from where they were."""
@@ -138,6 +171,16 @@ class Upkeep:
         async with self._db.transaction() as cursor:
             await cursor.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"note/{key}", repr(at)))
 
+    async def text(self, key: str) -> str:
+        """Return a text that was noted; empty if none was."""
+        found = await self._db.read("SELECT value FROM meta WHERE key = ?", (f"text/{key}",))
+        return str(found[0][0]) if found else ""
+
+    async def set_text(self, key: str, value: str) -> None:
+        """Note a text."""
+        async with self._db.transaction() as cursor:
+            await cursor.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"text/{key}", value))
+
     # -- manifests --------------------------------------------------------------------------------
 
     async def manifests(self) -> dict[SnapshotId, ManifestState]:
@@ -152,6 +195,21 @@ class Upkeep:
             sql = """UPDATE snapshots SET manifest_revision = ?, manifest_changes = manifest_changes - ?
                      WHERE id = ?"""
             await cursor.execute(sql, (revision, written.changes, written.snapshot))
+
+
+async def _drop_of_range(
+    cursor: Cursor, number: int, ids: UInt64Array, stored: tuple[bytes, bytes]
+) -> tuple[UInt64Array, EntryArray]:
+    """Drop blocks of one range; return those that were there."""
+    entries = ranges.decode(*stored)
+    leaving = np.isin(ranges.ids_of(number, entries), ids)
+    kept = entries[~leaving]
+    if kept.size * 2 < ranges.stored(stored[1]):
+        await put_range(cursor, number, kept)
+    elif leaving.any():
+        live = ranges.encode_live(kept["slot"])
+        await cursor.execute("UPDATE blocks SET live = ? WHERE range = ?", (live, number))
+    return ranges.ids_of(number, entries[leaving]), entries[leaving]
 
 
 class Mover:
@@ -181,11 +239,10 @@ class Mover:
     async def _present(self, cursor: Cursor, blocks: Sequence[BlockPlace]) -> list[BlockPlace | None]:
         """Return the blocks that may move, ascending by id."""
         blocks = sorted(blocks, key=lambda block: block.id)
-        numbers = json.dumps(sorted({block.id // ranges.RANGE_BLOCKS for block in blocks}))
-        sql = "SELECT b.range, b.entries FROM json_each(?) j CROSS JOIN blocks b ON b.range = j.value"
+        numbers = sorted({block.id // ranges.RANGE_BLOCKS for block in blocks})
         now: dict[int, tuple[str, int]] = {}
-        for number, blob in await cursor.read(sql, (numbers,)):
-            entries = ranges.decode(blob)
+        for number, stored in (await blobs_of(cursor, numbers)).items():
+            entries = ranges.decode(*stored)
             where = zip(entries["pack"].tolist(), entries["offset"].tolist(), strict=True)
             now |= zip(
                 ranges.ids_of(number, entries).tolist(),
