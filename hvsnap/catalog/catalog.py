@@ -129,6 +129,11 @@ class Catalog:
                   WHERE (?1 IS NULL OR disk = ?1) AND (?2 IS NULL OR state = ?2) ORDER BY number"""
         return [rows.snapshot(row) for row in await self._db.read(sql, (disk, state))]
 
+    async def sequences(self) -> dict[DiskId, int]:
+        """Return the highest sequence number that was ever given to a snapshot of each disk, deleted ones included."""
+        found = await self._db.read("SELECT key, value FROM meta WHERE key LIKE 'sequence/%'")
+        return {DiskId(key.removeprefix("sequence/")): int(value) for key, value in found}
+
     # -- views ------------------------------------------------------------------------------------
 
     async def view(self, snapshot_id: SnapshotId, page: int) -> UInt64Array:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.catalog.moment import Moment
-from hvsnap.errors import Damaged, FormatUnknown, NotFound, SnapshotUnknown
+from hvsnap.errors import CatalogFailed, Damaged, FormatUnknown, NotFound, SnapshotUnknown
 from hvsnap.model import DiskId, ManifestState, Snapshot, SnapshotId, State
 from hvsnap.store.blocks import PackedBlocks
 from hvsnap.store.identity import REVISION_MAX, ManifestHead, ManifestName
@@ -64,10 +64,25 @@ def plan(
     return ManifestPlan(write, remove)
 
 
+def check_not_ahead(listed: Sequence[ManifestName], sequences: Mapping[DiskId, int]) -> None:
+    """Raise :class:`CatalogFailed` if the store holds manifests that this catalog cannot have written.
+
+    An older copy of the catalog was put back then. To it, whatever was stored since looks like something left over; a
+    sweep would remove snapshots that are whole.
+    """
+    ahead = [name for name in listed if name.sequence > sequences.get(name.disk, 0)]
+    if ahead:
+        raise CatalogFailed(
+            f"the catalog is older than the store: it has not written {ahead[0]} and {len(ahead) - 1} more manifests",
+            hint="nothing is removed; stop the daemon, keep the catalog's file aside, and run `hvsnap store-rebuild`",
+        )
+
+
 async def make_plan(catalog: Catalog, store: PackedBlocks) -> ManifestPlan:
     """Look at both sides, and return what is to be done."""
     before = await catalog.upkeep.manifests()
     listed = [name async for name in store.manifests.all()]
+    check_not_ahead(listed, await catalog.sequences())
     now = await catalog.upkeep.manifests()
     return plan(before, listed, now, await catalog.snapshots())
 
