@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,9 +126,36 @@ class NbdWriter:
             raise _translate(error) from error
 
 
+def merged(batch: list[Piece]) -> Iterator[Piece]:
+    """Yield a batch's pieces by offset, neighbours with data as one: fewer, larger writes cost QEMU far less.
+
+    The pieces of a batch do not overlap.
+    """
+    run: list[memoryview] = []
+    start = end = 0
+    for piece in sorted(batch, key=lambda piece: piece.offset):
+        if run and (piece.data is None or piece.offset != end):
+            yield _joined(start, run)
+            run = []
+        if piece.data is None:
+            yield piece
+            continue
+        if not run:
+            start = piece.offset
+        run.append(piece.data)
+        end = piece.offset + piece.length
+    if run:
+        yield _joined(start, run)
+
+
+def _joined(offset: int, run: list[memoryview]) -> Piece:
+    data = run[0] if len(run) == 1 else memoryview(b"".join(run))
+    return Piece(offset, len(data), data)
+
+
 def _write_batch(handle: Any, batch: list[Piece]) -> None:
     pending = []
-    for piece in batch:
+    for piece in merged(batch):
         if piece.data is None:
             pending.append(handle.aio_zero(piece.length, piece.offset))
         else:
