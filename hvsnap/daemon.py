@@ -57,6 +57,7 @@ from hvsnap.service.uses import Uses
 from hvsnap.store.blocks import PackedBlocks, open_store
 from hvsnap.store.lease import WriterLease
 from hvsnap.store.opening import open_objects, writer_id
+from hvsnap.upkeep.bond import Bond
 
 log = logging.getLogger(__name__)
 
@@ -113,10 +114,12 @@ async def assembled(settings: Settings) -> AsyncIterator[House]:
         holder = await asyncio.to_thread(writer_id, Path(settings.state_dir))
         lease = WriterLease(objects, holder, settings.host_id)
         await lease.acquire()
-        stack.push_async_callback(lease.release)
-        await objects.clean_temporaries()
-        store = await open_store(objects, catalog, compression=settings.capture.compression)
+        bond = Bond(catalog, lease)
+        stack.push_async_callback(bond.release)
+        store = await open_store(objects, catalog, create=await bond.is_new(), compression=settings.capture.compression)
         stack.push_async_callback(store.close)
+        await bond.check(store)
+        await objects.clean_temporaries()
         private = await asyncio.to_thread(private_directory, settings.run_dir)
         attendance = Attendance(catalog)
         hypervisor = Fleet(members(settings, catalog, attendance.lifecycle, str(private)))
@@ -154,6 +157,8 @@ async def _furnish(
     )
     maker, roller = DiskMaker(catalog, store, private), Rollback(hypervisor, catalog, store, private)
     restores = RestoreRecovery(catalog, maker, roller, uses)
+    recovery = Recovery(catalog, [captures.recover, restores.recover], captures.give_way)
+    attendance.also_wake.append(recovery.wake)
     snapshots = Snapshots(catalog, inventory, captures, uses, clock)
     guests = Guests(inventory, hypervisor, catalog, captures, images.image_info)
     limit = settings.limits.snapshots_per_disk
@@ -206,7 +211,7 @@ async def _furnish(
             captures.busy_disks,
             mqtt_status,
         ),
-        recovery=Recovery(catalog, [captures.recover, restores.recover], captures.give_way),
+        recovery=recovery,
         status=StatusBoard(settings.host_id, hypervisor, catalog, captures, tasks, mqtt_status, clock),
         feed=feed,
     )
@@ -313,9 +318,8 @@ async def serve(settings: Settings, stop: asyncio.Event, ready: Callable[[], Non
         listening = await asyncio.to_thread(listen, Path(settings.socket), settings.socket_group)
         server = HttpServer(create_app(house.service), listening)
         loops = [
-            asyncio.create_task(house.captures.recover_loop(), name="recover-captures"),
+            asyncio.create_task(house.service.recovery.run(), name="recovery"),
             asyncio.create_task(house.captures.thaw_loop(), name="thaw"),
-            asyncio.create_task(house.restores.recover_loop(), name="recover-restores"),
             asyncio.create_task(house.attendance.run(), name="attendance"),
             asyncio.create_task(house.hypervisor.run(), name="hypervisors"),
             asyncio.create_task(house.lease.keep(), name="lease"),

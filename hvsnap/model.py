@@ -92,6 +92,7 @@ class GuestView:
     """A guest as the hypervisor shows it at this moment.
 
     ``fleece``: its images must stay current while it runs, so that it is captured by fleece and not by redirecting.
+    ``saved``: it is off, and its memory is kept in a file, which goes with its disks as they are now.
     """
 
     uuid: GuestUuid
@@ -100,6 +101,7 @@ class GuestView:
     persistent: bool
     disks: tuple[DiskView, ...]
     fleece: bool = False
+    saved: bool = False
 
     @property
     def active(self) -> bool:

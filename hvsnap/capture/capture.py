@@ -70,8 +70,8 @@ class Capture:
     async def _instant(self) -> AsyncIterator[tuple[Consistency, str]]:
         """Keep the disks as they were at one instant for as long as the context lasts; tells of its consistency."""
         if self._order.mode is Mode.OFFLINE:
-            async with self._held_offline() as consistency:
-                yield consistency, ""
+            async with self._held_offline() as held:
+                yield held
         elif self._order.mode is Mode.FLEECE:
             yield await self._hold_by_fleece()
         else:
@@ -159,7 +159,7 @@ class Capture:
                 raise HypervisorFailed(f"disk {plan.captured.target} is on {shown.get(plan.captured.target)}")
 
     @contextlib.asynccontextmanager
-    async def _held_offline(self) -> AsyncIterator[Consistency]:
+    async def _held_offline(self) -> AsyncIterator[tuple[Consistency, str]]:
         """Keep the images of a guest that is off as they are: it does not start while they are read.
 
         A guest that was started and stopped before the locks were taken does no harm: both bitmaps recorded it.
@@ -169,8 +169,15 @@ class Capture:
                 await images.bitmap_add(plan.captured.base, plan.captured.new, self._order.block_size)
         async with images_locked([plan.captured.base for plan in self._order.disks]):
             await self._step(Step.READING)
-            # The guest was shut down, so its file systems are as consistent as they get.
-            yield Consistency.CRASH if self._order.consistency is Consistency.CRASH else Consistency.APP
+            asked = self._order.consistency
+            if (await self._hypervisor.guest(self._order.guest)).saved:
+                why = "the guest is saved: its memory has what its file systems have not written yet"
+                if asked is Consistency.APP:
+                    raise AgentUnavailable(why, hint="start the guest, or do without")
+                yield Consistency.CRASH, why
+            else:
+                # The guest was shut down, so its file systems are as consistent as they get.
+                yield Consistency.CRASH if asked is Consistency.CRASH else Consistency.APP, ""
 
     # -- around it --------------------------------------------------------------------------------
 

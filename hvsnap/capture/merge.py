@@ -10,7 +10,7 @@ import asyncio
 from enum import Enum, auto
 
 from hvsnap.capture.facts import CapturedDisk
-from hvsnap.errors import ForeignJob, GuestUnknown, HypervisorFailed
+from hvsnap.errors import Busy, ForeignJob, GuestUnknown, HypervisorFailed
 from hvsnap.hypervisor import images
 from hvsnap.model import DiskView, GuestUuid, GuestView
 from hvsnap.ports import Hypervisor, JobView
@@ -50,7 +50,8 @@ def next_action(
 
     ``exists``: the overlay's file is there; ``empty``: no guest wrote to it; ``pivoted``: the pivot was asked for,
     and the marker in the overlay shows that it was closed in good order. Raises :class:`ForeignJob` and
-    :class:`HypervisorFailed` where somebody else has changed the disk: their work is not touched.
+    :class:`HypervisorFailed` where somebody else has changed the disk: their work is not touched; and :class:`Busy`
+    for a guest that is saved: what is kept of it names the overlay.
     """
     found = attached(guest, disk.overlay)
     if found is None:
@@ -58,8 +59,8 @@ def next_action(
             return Action.DONE
         if empty or pivoted:
             return Action.DISCARD
-        if guest is None:
-            return Action.COMMIT_OFFLINE
+        if guest is None or attached(guest, disk.base) is None:
+            return Action.COMMIT_OFFLINE  # unplugged: nobody goes on with either
         raise HypervisorFailed(
             f"{disk.overlay} holds newer data of disk {disk.target}, but the guest is no longer on it",
             hint=f"if it ran on {disk.base} since, the two have parted: choose one. Either remove the overlay, or shut "
@@ -71,7 +72,14 @@ def next_action(
             hint=f"merge {found.top.path} into it (virsh blockcommit), then run `hvsnap recover`",
         )
     if guest is None or not guest.active:
-        return Action.FINISH_PIVOT if pivoted else Action.COMMIT_OFFLINE
+        if pivoted:
+            return Action.FINISH_PIVOT
+        if guest is not None and guest.saved:
+            raise Busy(
+                f"guest {guest.name} is saved, and will go on with {disk.overlay}",
+                hint="restore or start it; its disk is merged then",
+            )
+        return Action.COMMIT_OFFLINE
     if job is None:
         return Action.START_COMMIT
     if job.type != "active-commit":

@@ -18,7 +18,7 @@ from hvsnap.capture.facts import KIND, CapturedDisk, CaptureFacts, Mode, Step
 from hvsnap.capture.freeze import Freezer
 from hvsnap.capture.merge import POLL_S_FIRST, POLL_S_MAX, Action, Merge, attached
 from hvsnap.catalog.catalog import Catalog
-from hvsnap.errors import Busy, HvsnapError, HypervisorUnreachable, NotFound
+from hvsnap.errors import Busy, Failed, HvsnapError, HypervisorUnreachable, NotFound
 from hvsnap.happenings import EventType, snapshot_payload
 from hvsnap.hypervisor import images
 from hvsnap.model import GuestUuid, Operation, OperationId, State
@@ -66,18 +66,22 @@ class Settle:
 
         Raises nothing: what cannot be settled yet stays in the journal.
         """
-        outcome: list[tuple[Operation, HvsnapError | None]] = []
-        for operation in await self._catalog.operations(KIND):
-            if leave(operation):
-                continue
+
+        async def attempt(operation: Operation) -> HvsnapError | None:
             try:
                 await self.settle(operation)
-                outcome.append((operation, None))
-                log.info("capture %s was settled", operation.id)
             except HvsnapError as error:
                 log.warning("capture %s cannot be settled yet: %s", operation.id, error.message)
-                outcome.append((operation, error))
-        return outcome
+                return error
+            except Exception:
+                log.exception("settling capture %s failed", operation.id)
+                return Failed("a fault in hvsnap", hint="the daemon's log has the details")
+            log.info("capture %s was settled", operation.id)
+            return None
+
+        # Side by side: no guest waits for another one's merge, nor for another hypervisor that does not answer.
+        found = [operation for operation in await self._catalog.operations(KIND) if not leave(operation)]
+        return list(zip(found, await asyncio.gather(*map(attempt, found)), strict=True))
 
     async def _fail_unaccomplished(self, facts: CaptureFacts, error: str) -> bool:
         """Mark snapshots failed that never became durable; True if the capture was accomplished (all or none are)."""

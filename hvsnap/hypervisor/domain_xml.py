@@ -88,7 +88,7 @@ def _disk(element: ElementTree.Element, *, system: bool) -> DiskView:
     )
 
 
-def guest_view(root: ElementTree.Element, state: GuestState, *, persistent: bool) -> GuestView:
+def guest_view(root: ElementTree.Element, state: GuestState, *, persistent: bool, saved: bool = False) -> GuestView:
     """Return the guest that a domain's XML describes.
 
     The system disk is the disk with the lowest boot order; where no disk has one, the first that can be captured.
@@ -102,6 +102,7 @@ def guest_view(root: ElementTree.Element, state: GuestState, *, persistent: bool
         state=state,
         persistent=persistent,
         disks=tuple(_disk(e, system=e is system) for e in elements),
+        saved=saved,
     )
 
 

@@ -62,9 +62,16 @@ def _state(domain: Any) -> GuestState:
     return GuestState.PAUSED if state in _PAUSED else GuestState.RUNNING
 
 
+def _is_saved(domain: Any) -> bool:
+    """Whether a guest that is off was saved (``virsh save``, ``managedsave``), as far as libvirt remembers."""
+    state, reason = domain.state()
+    return state in _OFF and (reason == libvirt.VIR_DOMAIN_SHUTOFF_SAVED or bool(domain.hasManagedSaveImage(0)))
+
+
 def _view(domain: Any) -> GuestView:
     root = domain_xml.parse(domain.XMLDesc(0))
-    return domain_xml.guest_view(root, _state(domain), persistent=bool(domain.isPersistent()))
+    persistent = bool(domain.isPersistent())
+    return domain_xml.guest_view(root, _state(domain), persistent=persistent, saved=_is_saved(domain))
 
 
 def _node(domain: Any, target: str) -> tuple[str, list[dict[str, Any]]]:

@@ -28,7 +28,7 @@ from hvsnap.hypervisor import images
 from hvsnap.hypervisor.image_lock import images_locked
 from hvsnap.hypervisor.images import ImageInfo
 from hvsnap.hypervisor.nbd_server import serve_image
-from hvsnap.model import PAGE_BLOCKS, Disk, DiskId, Method, Operation, Progress, Snapshot, SnapshotId, State
+from hvsnap.model import PAGE_BLOCKS, Disk, DiskId, GuestView, Method, Operation, Progress, Snapshot, SnapshotId, State
 from hvsnap.ports import Hypervisor, NbdExport, UInt64Array
 from hvsnap.restore.fill import Filler
 from hvsnap.restore.plan import add_difference
@@ -182,6 +182,8 @@ class Rollback:
             guest = None
         if guest is not None and guest.active:
             raise GuestRunning(f"guest {guest.name} is {guest.state}")
+        if guest is not None:
+            check_not_saved(guest)
         return disk, snapshot, await images.image_info(disk.source, disk.format)
 
     async def _differs(
@@ -307,6 +309,15 @@ class Rollback:
             await tx.clear_carry(disk.id)
             await tx.emit(EventType.ROLLBACK_FINISHED, disk_payload(disk) | {"snapshot": snapshot.id})
             await tx.close_operation(operation.id)
+
+
+def check_not_saved(guest: GuestView) -> None:
+    """Refuse a guest whose memory is kept in a file: restored onto another state of its disk, it would destroy that."""
+    if guest.saved:
+        raise Refused(
+            f"guest {guest.name} is saved: its memory goes with its disks as they are now",
+            hint="restore or start it, and shut it down",
+        )
 
 
 def _bitmap_name(operation: Operation) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import HvsnapError
@@ -29,6 +30,8 @@ class Attendance:
         self._hypervisor: Hypervisor | None = None
         self._present: dict[GuestUuid, GuestView] = {}
         self._woken = asyncio.Event()
+        self.also_wake: list[Callable[[], None]] = []
+        """Others who look at guests anew when something has happened to one."""
 
     def look_at(self, hypervisor: Hypervisor) -> None:
         """Say whose guests these are; the hypervisor itself is made with :meth:`lifecycle`, and so comes later."""
@@ -41,6 +44,8 @@ class Attendance:
     def wake(self) -> None:
         """Look soon."""
         self._woken.set()
+        for wake in self.also_wake:
+            wake()
 
     async def run(self) -> None:
         """Look whenever woken, until cancelled."""

@@ -45,8 +45,6 @@ __all__ = ["CaptureSettings", "Captures"]
 
 log = logging.getLogger(__name__)
 
-SETTLE_RETRY_S = 30.0
-
 
 class Captures:
     """Runs captures in ``group``; implements :class:`hvsnap.service.requests.CapturesPort`."""
@@ -209,13 +207,6 @@ class Captures:
     async def thaw_loop(self) -> None:
         """Thaw guests whose agents did not confirm it, as soon as they do."""
         await self._freezer.run()
-
-    async def recover_loop(self) -> None:
-        """Try again, every :data:`SETTLE_RETRY_S`, what could not be settled before."""
-        while True:
-            await asyncio.sleep(SETTLE_RETRY_S)
-            if await self._catalog.operations(KIND):
-                await self.recover()
 
     async def _fail_forgotten(self) -> None:
         """Mark snapshots failed that were waiting for their turn when the daemon died: no journal entry knows them.

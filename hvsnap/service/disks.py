@@ -191,6 +191,7 @@ class Disks:
         found = await self._inventory.attached(disk)
         if found.guest.active and not request.stop:
             raise GuestRunning(f"guest {found.guest.name} is {found.guest.state}")
+        rollback.check_not_saved(found.guest)
         self._uses.check_disk(disk.id)
         if disk.id in self._captures.busy_disks():
             raise CaptureRunning(f"disk {disk.target} of {disk.guest_name} is being captured")

@@ -22,6 +22,7 @@ from hvsnap.service.uses import Uses
 log = logging.getLogger(__name__)
 
 RETRY_S = 30.0
+"""What could not be settled is tried again this often, and whenever something has happened to a guest."""
 
 Only = Container[OperationId] | None
 Recover = Callable[[Only], Awaitable[list[tuple[Operation, HvsnapError | None]]]]
@@ -67,12 +68,6 @@ class RestoreRecovery:
                     if _place(operation) not in held | self._uses.held():
                         outcome += await self._settle(operation)
             return outcome
-
-    async def recover_loop(self) -> None:
-        """Try again, every :data:`RETRY_S`, what could not be settled before."""
-        while True:
-            await asyncio.sleep(RETRY_S)
-            await self.recover()
 
     async def _settle(self, operation: Operation) -> list[tuple[Operation, HvsnapError | None]]:
         """Settle one operation; nothing is told of one that has ended by itself meanwhile."""
@@ -149,6 +144,25 @@ class Recovery:
         self._catalog = catalog
         self._recoveries = recoveries
         self._give_way = give_way
+        self._woken = asyncio.Event()
+
+    def wake(self) -> None:
+        """Try again soon: a guest has started or stopped, or a hypervisor is back."""
+        self._woken.set()
+
+    async def run(self) -> None:
+        """Try again what could not be settled, until cancelled."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RETRY_S):
+                    await self._woken.wait()
+            self._woken.clear()
+            try:
+                if await self._catalog.operations():
+                    # Side by side: a long merge keeps no rollback waiting.
+                    await asyncio.gather(*(recover(None) for recover in self._recoveries))
+            except HvsnapError as error:
+                log.warning("recovery: %s; it is tried again", error.message)
 
     async def recover(self) -> wire.Recovery:
         """Recover what can be recovered now; what is being worked on is left alone."""
