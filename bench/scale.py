@@ -56,6 +56,10 @@ class Now:
         """Return seconds since the epoch."""
         return time.time()
 
+    def monotonic(self) -> float:
+        """Return seconds since the host was started."""
+        return time.monotonic()
+
 
 @dataclass
 class Figures:
@@ -247,6 +251,7 @@ async def sweep(catalog: Catalog, figures: Figures) -> None:
     async for dead in dead_blocks(catalog, live):
         await catalog.upkeep.drop(dead.ids)
         dropped += dead.ids.size
+    await catalog.upkeep.tidy()
     ended = time.perf_counter()
     figures.add(f"sweep ({len(live)} blocks live, {dropped} dropped)", "<= 20 s", f"{ended - began:.2f} s")
     print(f"  mark {marked - began:.2f} s, drop {ended - marked:.2f} s", file=sys.stderr)

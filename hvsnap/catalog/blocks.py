@@ -15,10 +15,20 @@ import numpy as np
 import numpy.typing as npt
 
 from hvsnap.catalog import ranges
-from hvsnap.catalog.db import Cursor, Database
+from hvsnap.catalog.block_rows import (
+    Blobs,
+    blobs_of,
+    entries_of,
+    forget_damage,
+    insert_pack,
+    pick,
+    raise_highest,
+    write,
+)
+from hvsnap.catalog.db import Database
 from hvsnap.catalog.ranges import DIGEST_BYTES, ENTRY, EntryArray
 from hvsnap.catalog.recent import Prefixes, Recent, prefixes_of
-from hvsnap.errors import CatalogFailed, Damaged
+from hvsnap.errors import Damaged
 from hvsnap.model import BlockPlace
 from hvsnap.ports import UInt64Array
 
@@ -143,7 +153,7 @@ class Blocks:
             entries["pack"] = number
             await write(cursor, number, ids, entries, may_replace=set(healed))
             await forget_damage(cursor, healed)
-            await _raise_highest(cursor, int(ids.max(initial=0)))
+            await raise_highest(cursor, int(ids.max(initial=0)))
             prefixes = prefixes_of(entries["digest"])
             cursor.after_commit = lambda: self._added(number, pack, prefixes, ids, healed)
 
@@ -215,14 +225,14 @@ class Blocks:
 
     async def of_pack(self, number: int) -> tuple[UInt64Array, EntryArray]:
         """Return ids, ascending, and entries of all blocks that lie in a pack."""
-        sql = """SELECT b.range, b.entries FROM pack_ranges r CROSS JOIN blocks b ON b.range = r.range
+        sql = """SELECT b.range, b.live, b.entries FROM pack_ranges r CROSS JOIN blocks b ON b.range = r.range
                  WHERE r.pack = ? AND b.range > ? ORDER BY r.range LIMIT ?"""
         parts: list[tuple[UInt64Array, EntryArray]] = [(np.zeros(0, np.uint64), np.zeros(0, ENTRY))]
         at = -1
         while found := await self._db.read(sql, (number, at, RANGES_AT_ONCE)):
             at = found[-1][0]
-            for key, blob in found:
-                entries = ranges.decode(blob)
+            for key, live, blob in found:
+                entries = ranges.decode(live, blob)
                 mine = entries[entries["pack"] == number]
                 parts.append((ranges.ids_of(key, mine), mine))
         return np.concatenate([ids for ids, _ in parts]), np.concatenate([entries for _, entries in parts])
@@ -234,16 +244,16 @@ class Blocks:
 
     async def ranges_from(self, first: int) -> AsyncIterator[tuple[int, int]]:
         """Yield ``(range, how many of its ids there are)`` of all ranges from ``first`` on, ascending."""
-        sql = "SELECT range, present FROM blocks WHERE range >= ? ORDER BY range LIMIT ?"
+        sql = "SELECT range, live FROM blocks WHERE range >= ? ORDER BY range LIMIT ?"
         while found := await self._db.read(sql, (first, 8192)):
-            for number, present in found:
-                yield number, present
+            for number, live in found:
+                yield number, int(ranges.decode_live(live).sum())
             first = found[-1][0] + 1
 
     async def in_ranges(self, numbers: Sequence[int]) -> tuple[UInt64Array, EntryArray]:
         """Return ids, ascending, and entries of all blocks in some ranges (ascending)."""
         blobs = await self._blobs(list(numbers))
-        decoded = [(number, ranges.decode(blobs[number])) for number in numbers if number in blobs]
+        decoded = [(number, ranges.decode(*blobs[number])) for number in numbers if number in blobs]
         ids = [ranges.ids_of(number, entries) for number, entries in decoded]
         return (
             np.concatenate([np.zeros(0, np.uint64), *ids]),
@@ -292,97 +302,8 @@ class Blocks:
         for start in range(0, len(parts), RANGES_AT_ONCE):
             some = parts[start : start + RANGES_AT_ONCE]
             blobs = await self._blobs([number for number, _ in some])
-            _pick(ids, some, blobs, entries, present)
+            pick(ids, some, blobs, entries, present)
         return entries, present
 
-    async def _blobs(self, numbers: list[int]) -> dict[int, bytes]:
-        sql = "SELECT b.range, b.entries FROM json_each(?) j CROSS JOIN blocks b ON b.range = j.value"
-        return dict(await self._db.read(sql, (json.dumps(numbers),)))
-
-
-async def insert_pack(cursor: Cursor, name: str, size_bytes: int, entries: EntryArray) -> int:
-    """Write a pack's row, all of ``entries`` live in it; return its number."""
-    sql = "INSERT INTO packs (name, size_bytes, live_blocks, live_bytes) VALUES (?, ?, ?, ?)"
-    return await cursor.insert(sql, (name, size_bytes, entries.size, int(entries["length"].sum())))
-
-
-async def write(cursor: Cursor, pack: int, ids: UInt64Array, entries: EntryArray, *, may_replace: set[int]) -> None:
-    """Write ascending blocks of a pack into their ranges; only those that may be replaced may be there."""
-    for number, part in ranges.group(ids):
-        new = entries[part]
-        found = await cursor.read("SELECT entries FROM blocks WHERE range = ?", (number,))
-        if found:
-            old = ranges.decode(found[0][0])
-            leaving = old[np.isin(old["slot"], new["slot"])]
-            known = set(ranges.ids_of(number, leaving).tolist())
-            if not known <= may_replace:
-                hint = "nothing was changed; please report this"
-                raise CatalogFailed(f"block {min(known - may_replace)} is in the catalog already", hint=hint)
-            await release(cursor, leaving)
-            new = ranges.replace(old, new)
-        await put_range(cursor, number, new)
-        await cursor.execute("INSERT OR IGNORE INTO pack_ranges (pack, range) VALUES (?, ?)", (pack, number))
-
-
-async def put_range(cursor: Cursor, number: int, entries: EntryArray) -> None:
-    """Write a range; one without entries is removed."""
-    if not entries.size:
-        await cursor.execute("DELETE FROM blocks WHERE range = ?", (number,))
-        return
-    sql = "INSERT OR REPLACE INTO blocks (range, present, entries) VALUES (?, ?, ?)"
-    await cursor.execute(sql, (number, entries.size, ranges.encode(entries)))
-
-
-def entries_of(blocks: Sequence[BlockPlace]) -> tuple[UInt64Array, EntryArray]:
-    """Return ids, ascending, and entries of places; the pack's number is still to come."""
-    blocks = sorted(blocks, key=lambda block: block.id)
-    ids = np.array([block.id for block in blocks], np.uint64)
-    entries = np.zeros(len(blocks), ENTRY)
-    entries["slot"] = ids % np.uint64(ranges.RANGE_BLOCKS)
-    entries["pack"] = 1
-    for field in ("flags", "offset", "length"):
-        entries[field] = [getattr(block, field) for block in blocks]
-    if blocks:
-        digests = np.frombuffer(b"".join(block.digest for block in blocks), np.uint8)
-        entries["digest"] = digests.reshape(-1, DIGEST_BYTES)
-    return ids, entries
-
-
-def _pick(
-    ids: UInt64Array,
-    parts: list[tuple[int, slice]],
-    blobs: dict[int, bytes],
-    entries: EntryArray,
-    present: npt.NDArray[np.bool_],
-) -> None:
-    """Take the entries of ``ids`` out of their ranges."""
-    for number, part in parts:
-        if number in blobs:
-            stored = ranges.decode(blobs[number])
-            place, there = ranges.find(stored, (ids[part] % np.uint64(ranges.RANGE_BLOCKS)).astype(np.uint16))
-            entries[part] = stored[place]
-            present[part] = there
-
-
-async def release(cursor: Cursor, entries: EntryArray) -> None:
-    """Write down that packs no longer hold these blocks; the next sweep looks at them."""
-    sql = """UPDATE packs SET live_blocks = live_blocks - ?, live_bytes = live_bytes - ?, to_sweep = to_sweep + 1
-             WHERE number = ?"""
-    packs, place = np.unique(entries["pack"], return_inverse=True)
-    count = np.bincount(place, minlength=packs.size)
-    length = np.bincount(place, weights=entries["length"], minlength=packs.size).astype(np.int64)
-    await cursor.many(sql, zip(count.tolist(), length.tolist(), packs.tolist(), strict=True))
-
-
-async def forget_damage(cursor: Cursor, ids: Sequence[int]) -> None:
-    """Cross blocks out of the list of the damaged."""
-    if ids:
-        await cursor.many("DELETE FROM damaged WHERE block = ?", [(block,) for block in ids])
-
-
-async def _raise_highest(cursor: Cursor, block: int) -> None:
-    sql = """INSERT INTO meta VALUES ('block_id_max', ?)
-             ON CONFLICT (key) DO UPDATE SET value = excluded.value
-             WHERE CAST(excluded.value AS INTEGER) > CAST(value AS INTEGER)"""
-    if block > 0:
-        await cursor.execute(sql, (str(block),))
+    async def _blobs(self, numbers: list[int]) -> Blobs:
+        return await blobs_of(self._db, numbers)

@@ -38,6 +38,7 @@ EntryArray = npt.NDArray[Any]
 
 _HEAD = struct.Struct("<BI")  # form, CRC-32 of what follows: as the pages of block maps have it (chain.py)
 _FORM = 1
+_LIVE = struct.Struct("<I")
 
 
 def range_of(ids: UInt64Array) -> UInt64Array:
@@ -69,8 +70,22 @@ def encode(entries: EntryArray) -> bytes:
     return _HEAD.pack(_FORM, zlib.crc32(body, _FORM)) + body
 
 
-def decode(blob: bytes) -> EntryArray:
-    """Return the entries of :func:`encode`; anything else is :class:`CatalogFailed`."""
+def decode(live: bytes, blob: bytes) -> EntryArray:
+    """Return those of the entries of :func:`encode` that are live; anything else is :class:`CatalogFailed`."""
+    entries = _decode_all(blob)
+    mask = decode_live(live)
+    there = mask[entries["slot"]]
+    if int(there.sum()) != int(mask.sum()):
+        raise _damaged("a block is live and lies nowhere")
+    return entries if there.all() else entries[there]
+
+
+def stored(blob: bytes) -> int:
+    """Return how many entries a blob of :func:`encode` has, live or not."""
+    return (len(blob) - _HEAD.size) // ENTRY.itemsize
+
+
+def _decode_all(blob: bytes) -> EntryArray:
     body = memoryview(blob)[_HEAD.size :]
     if len(blob) < _HEAD.size or len(body) % ENTRY.itemsize:
         raise _damaged(f"it has {len(blob)} bytes")
@@ -81,6 +96,22 @@ def decode(blob: bytes) -> EntryArray:
     if wrong:
         raise _damaged(wrong)
     return entries
+
+
+def encode_live(slots: npt.NDArray[np.uint16]) -> bytes:
+    """Return which slots are live as bytes: CRC-32, then a bit for each slot."""
+    mask = np.zeros(RANGE_BLOCKS, np.bool_)
+    mask[slots] = True
+    body = np.packbits(mask, bitorder="little").tobytes()
+    return _LIVE.pack(zlib.crc32(body)) + body
+
+
+def decode_live(blob: bytes) -> npt.NDArray[np.bool_]:
+    """Return which slots are live, ``bool[RANGE_BLOCKS]``; what is not of :func:`encode_live` is damaged."""
+    body = blob[_LIVE.size :]
+    if len(body) != RANGE_BLOCKS // 8 or _LIVE.unpack_from(blob) != (zlib.crc32(body),):
+        raise _damaged("which of its blocks are live is not known")
+    return np.unpackbits(np.frombuffer(body, np.uint8), bitorder="little").astype(np.bool_)
 
 
 def find(entries: EntryArray, slots: npt.NDArray[np.uint16]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.bool_]]:

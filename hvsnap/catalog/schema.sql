@@ -83,10 +83,11 @@ CREATE TABLE packs (
 ) STRICT;
 CREATE INDEX packs_not_indexed ON packs (number) WHERE NOT indexed;
 
--- Durable blocks, 512 ids a row: ranges.encode(), and how many of the ids there are.
+-- Durable blocks, 512 ids a row: which of the ids there are (ranges.encode_live), and where they lie (ranges.encode).
+-- 'live' has one size, and comes first: to drop a few blocks, SQLite writes the one page of the row that it is in.
 CREATE TABLE blocks (
     range   INTEGER PRIMARY KEY,
-    present INTEGER NOT NULL,
+    live    BLOB NOT NULL,
     entries BLOB NOT NULL
 ) STRICT;
 
@@ -99,6 +100,13 @@ CREATE TABLE pack_ranges (
 
 -- Blocks by the first 47 bits of their digests. May hold too much, never too little but for packs that are not indexed.
 CREATE TABLE digests (
+    prefix INTEGER NOT NULL,
+    block  INTEGER NOT NULL,
+    PRIMARY KEY (prefix, block)
+) STRICT, WITHOUT ROWID;
+
+-- Rows of 'digests' whose blocks are gone: removed together, in order, once there are many.
+CREATE TABLE stale_digests (
     prefix INTEGER NOT NULL,
     block  INTEGER NOT NULL,
     PRIMARY KEY (prefix, block)

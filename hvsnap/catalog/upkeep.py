@@ -11,17 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from hvsnap.catalog import ranges
-from hvsnap.catalog.blocks import (
-    MERGE_BLOCKS,
-    Blocks,
-    blobs_of,
-    entries_of,
-    forget_damage,
-    insert_pack,
-    put_range,
-    release,
-    write,
-)
+from hvsnap.catalog.block_rows import blobs_of, entries_of, forget_damage, insert_pack, put_range, release, write
+from hvsnap.catalog.blocks import MERGE_BLOCKS, Blocks
 from hvsnap.catalog.db import Cursor, Database
 from hvsnap.catalog.ranges import ENTRY, EntryArray
 from hvsnap.catalog.recent import prefixes_of

@@ -8,7 +8,6 @@ alone would free.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -40,10 +39,10 @@ class Deletion:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Block ids of entries that a deletion removes and adds, page by page; ids may occur many times."""
+    """How many entries more, or less, refer to each of some blocks after a deletion: ``uint64[n]``, ``int64[n]``."""
 
-    removed: UInt64Array
-    added: UInt64Array
+    ids: UInt64Array
+    more: npt.NDArray[np.int64]
 
 
 Parents = dict[SnapshotId, SnapshotId | None]
@@ -54,30 +53,31 @@ def delete_from_page(pages: dict[SnapshotId, Page], parents: Parents, doomed: Se
 
     ``pages`` holds the entries of the doomed and of their children (missing: none); it is used up, like ``parents``.
     """
-    removed: list[UInt64Array] = []
-    added: list[UInt64Array] = []
+    ids: list[UInt64Array] = [np.zeros(0, np.uint64)]
+    more: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64)]
     for snapshot in doomed:
         mine = pages.pop(snapshot, chain.EMPTY)
-        removed.append(mine.block)
         above = parents.pop(snapshot)
+        times = np.full(len(mine), -1)
         for child in [name for name, parent in parents.items() if parent == snapshot]:
             parents[child] = above
             theirs = pages.get(child, chain.EMPTY)
-            added.append(mine.block[~np.isin(mine.index, theirs.index, assume_unique=True)])
+            times += ~chain.members(theirs)[mine.index]
             pages[child] = chain.hand_over(mine, theirs)
-    return Change(np.concatenate(removed), np.concatenate([np.zeros(0, np.uint64), *added]))
+        # What moved to one child stays one entry: of a large snapshot that is nearly everything.
+        changed = times != 0
+        ids.append(mine.block[changed])
+        more.append(times[changed])
+    return Change(np.concatenate(ids), np.concatenate(more))
 
 
-def freed_blocks(counts: Counts, changes: Iterable[Change]) -> UInt64Array:
+def freed_blocks(counts: Counts, changes: Sequence[Change]) -> UInt64Array:
     """Return the ids of the blocks to which nothing refers any more after the changes."""
-    changes = list(changes)
-    removed = np.concatenate([np.zeros(0, np.uint64), *(change.removed for change in changes)])
-    added = np.concatenate([np.zeros(0, np.uint64), *(change.added for change in changes)])
-    ids, place = np.unique(np.concatenate((removed, added)), return_inverse=True)
-    less = np.bincount(place[: removed.size], minlength=ids.size)
-    more = np.bincount(place[removed.size :], minlength=ids.size)
-    free: npt.NDArray[np.bool_] = (ids != ZERO_BLOCK) & (counts.of(ids).astype(np.int64) - less + more == 0)
-    return ids[free].astype(np.uint64)
+    ids, place = np.unique(np.concatenate([np.zeros(0, np.uint64), *(one.ids for one in changes)]), return_inverse=True)
+    change = np.zeros(ids.size, np.int64)
+    np.add.at(change, place, np.concatenate([np.zeros(0, np.int64), *(one.more for one in changes)]))
+    free: npt.NDArray[np.bool_] = (ids != ZERO_BLOCK) & (change < 0) & (counts.of(ids).astype(np.int64) + change == 0)
+    return ids[free]
 
 
 async def count_references(catalog: Catalog) -> Counts:
@@ -126,7 +126,7 @@ async def freed_bytes(catalog: Catalog, doomed: Sequence[SnapshotId], parents: P
     if not holding:
         return 0
     near = {name: parent for name, parent in parents.items() if name in holding or parent in holding}
-    changes: deque[Change] = deque()
+    changes: list[Change] = []
     async for pages in side_by_side(catalog, list(near)):
         if any(name in pages for name in holding):
             changes.append(delete_from_page(pages, dict(near), holding))

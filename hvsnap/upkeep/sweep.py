@@ -112,6 +112,7 @@ class Sweeper:
         async with self._turn:
             result = Swept()
             await self._drop(result)
+            await self._catalog.upkeep.tidy()
             await self._packs(result)
             await self._may_remove("orphans")
             for name in await self._orphans():

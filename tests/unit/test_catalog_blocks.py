@@ -132,8 +132,9 @@ async def test_dropped_blocks_are_gone_and_their_ids_are_not_used_again(tmp_path
         await catalog.close()
         catalog = await Catalog.open(tmp_path, StoppedClock())
     if merged:
-        ((indexed,),) = await catalog._db.read("SELECT count(*) FROM digests")
-        assert indexed == len(kept)
+        assert await catalog.upkeep.tidy() == len(gone)
+        assert await catalog._db.read("SELECT count(*) FROM digests") == [(len(kept),)]
+        await check(catalog, kept)
     # The same content comes again: a new block.
     again = replace(gone[0], id=1601, pack="packs/again")
     await catalog.add_pack("packs/again", 1000, [again])
@@ -199,5 +200,21 @@ async def test_a_damaged_range_is_never_handed_out(catalog: Catalog) -> None:
 
 @pytest.mark.parametrize("blob", [b"", b"\x01\x00\x00\x00\x00", bytes(57), bytes(5 + 52 * 513)])
 def test_noise_is_no_range(blob: bytes) -> None:
+    live = ranges.encode_live(np.array([1], np.uint16))
     with pytest.raises(CatalogFailed):
-        ranges.decode(blob)
+        ranges.decode(live, blob)
+
+
+def test_damage_of_what_is_live_is_noticed() -> None:
+    entries = np.zeros(2, ranges.ENTRY)
+    entries["slot"], entries["length"], entries["pack"] = (3, 9), 1, 1
+    blob, live = ranges.encode(entries), ranges.encode_live(entries["slot"])
+    assert ranges.decode(live, blob)["slot"].tolist() == [3, 9]
+    assert ranges.decode(ranges.encode_live(entries["slot"][1:]), blob)["slot"].tolist() == [9]
+    for bit in range(8 * len(live)):
+        damaged = bytearray(live)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(CatalogFailed):
+            ranges.decode(bytes(damaged), blob)
+    with pytest.raises(CatalogFailed):
+        ranges.decode(ranges.encode_live(np.array([3, 4], np.uint16)), blob)
