@@ -496,6 +496,20 @@ class StoreChecked(Answer):
     affected: list[AffectedSnapshot]
 
 
+class StoreRebuilt(Answer):
+    """The catalog that was made from the store alone."""
+
+    disks: int
+    snapshots: int
+    packs: int
+    blocks: int
+    damaged_blocks: int
+    damaged: list[str] = Field(description="packs and manifests that could not be used, and why")
+    lost: list[str] = Field(description="snapshots whose manifest, or one that they build on, cannot be read")
+    affected: list[AffectedSnapshot]
+    kept: str = Field(description="where the catalog that was there before is kept; empty if there was none")
+
+
 class PackFate(Answer):
     """What becomes of one pack."""
 

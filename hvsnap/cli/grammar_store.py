@@ -65,3 +65,17 @@ def store_compact(
     from hvsnap.cli import store
 
     return store.compact(session, dry_run=dry_run, detach=detach)
+
+
+@command("store-rebuild", STORE, example="hvsnap store-rebuild")
+def store_rebuild(
+    session: Session,
+    force: Annotated[bool, flag("--force", help="Also where there is a catalog that is whole; it is kept.")] = False,
+) -> int:
+    """Make the catalog anew from the store alone, where no daemon runs.
+
+    Every stored block is read. Exits with 7 if something is damaged: the rest is rebuilt all the same.
+    """
+    from hvsnap.cli import host
+
+    return host.rebuild(session, force=force)

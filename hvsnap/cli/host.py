@@ -13,8 +13,9 @@ from hvsnap.cli import render
 from hvsnap.cli.client import DaemonAbsent
 from hvsnap.cli.complaints import complain
 from hvsnap.cli.session import Session
+from hvsnap.cli.text import safe
 from hvsnap.config import Settings
-from hvsnap.errors import DaemonUnreachable, Failed, StoreBusy
+from hvsnap.errors import DaemonUnreachable, Damaged, Failed, StoreBusy
 
 LIBVIRT_TIMEOUT_S = 15.0
 BUSY_S = 20.0
@@ -75,6 +76,36 @@ def _recover_here(settings: Settings, image: str) -> wire.Recovery:
     # What is logged on the way stands in the answer, too.
     logging.getLogger("hvsnap").addHandler(logging.NullHandler())
     return prestart.recover_image(settings, image) if image else daemon_module.recover(settings)
+
+
+# -- the store, without a daemon ------------------------------------------------------------------
+
+
+def rebuild(session: Session, *, force: bool) -> int:
+    """Make the catalog from the store alone; return the exit status."""
+    from hvsnap import rebuilding  # noqa: PLC0415 - as above
+
+    answer = rebuilding.rebuild(session.settings(), force=force)
+    text = rebuilt(answer)
+    if not (answer.damaged or answer.lost or answer.affected or answer.damaged_blocks):
+        session.answer(answer, text)
+        return 0
+    if not session.json:
+        session.answer(answer, text)
+    why = f"the store is damaged; {len(answer.lost)} snapshots are lost, {len(answer.affected)} do not restore"
+    hint = "the rest is as it was; before the daemon starts, put back what a copy of the store has, and rebuild again"
+    return complain(Damaged(why, hint=hint), "store-rebuild", as_json=session.json, also=answer.model_dump(mode="json"))
+
+
+def rebuilt(answer: wire.StoreRebuilt) -> str:
+    """Return what a rebuild found."""
+    lines = [f"{answer.snapshots} snapshots of {answer.disks} disks; {answer.blocks} blocks in {answer.packs} packs"]
+    lines += [f"damaged: {safe(what)}" for what in answer.damaged]
+    lines += [f"lost: {snapshot}" for snapshot in answer.lost]
+    lines += [f"does not restore: {one.id} ({one.blocks} blocks)" for one in answer.affected]
+    if answer.kept:
+        lines.append(f"the catalog that was there is {safe(answer.kept)}")
+    return "\n".join(lines)
 
 
 # -- the doctor -----------------------------------------------------------------------------------

@@ -62,6 +62,11 @@ class WriterLease:
         self._renewed_at = 0.0
 
     @property
+    def number(self) -> int:
+        """The present term's number; 0 while the lease is not held."""
+        return self._number
+
+    @property
     def certain(self) -> bool:
         """Whether nobody else can have taken the lease: asked before anything is removed from the repository."""
         return self._number > 0 and time.monotonic() - self._renewed_at < self._ttl_s
@@ -93,15 +98,22 @@ class WriterLease:
                 # Nobody is sure of the lease meanwhile, so nothing is removed; what is written harms nobody.
                 continue
 
-    async def release(self) -> None:
-        """Let the next writer begin at once. One that has been lost, or cannot be reached, is left as it is."""
-        if self._number:
-            try:
-                await self._create(self._number + 1, released=True)
-                await self._forget_before(self._number)
-            except (StoreFailed, NotFound):
-                pass
+    async def release(self) -> int:
+        """Let the next writer begin at once, and return the last term's number.
+
+        A lease that has been lost, or cannot be reached, is left as it is: then 0.
+        """
+        try:
+            if not self._number:
+                return 0
+            await self._create(self._number + 1, released=True)
+            number = self._number
+            await self._forget_before(number)
+        except (StoreFailed, NotFound):
+            return 0
+        finally:
             self._number = 0
+        return number
 
     # -- inside -----------------------------------------------------------------------------------
 

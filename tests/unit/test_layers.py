@@ -69,6 +69,7 @@ ROOMS = {
     "server": Layer.ENTRANCE,
     "daemon": Layer.DAEMON,
     "prestart": Layer.DAEMON,
+    "rebuilding": Layer.DAEMON,
     "cli": Layer.COMMAND_LINE,
 }
 

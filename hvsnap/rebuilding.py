@@ -1,0 +1,105 @@
+"""``hvsnap store-rebuild``: a new catalog from the store, put in the old one's place; no daemon runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+from hvsnap import wire
+from hvsnap.catalog.catalog import Catalog
+from hvsnap.catalog.lock import StateLock
+from hvsnap.catalog.replacement import NAME, Replacement
+from hvsnap.config import Settings
+from hvsnap.daemon import SystemClock
+from hvsnap.errors import CatalogFailed, Refused
+from hvsnap.model import State
+from hvsnap.store.blocks import open_store
+from hvsnap.store.lease import WriterLease
+from hvsnap.store.opening import open_objects, writer_id
+from hvsnap.upkeep.bond import Bond
+from hvsnap.upkeep.rebuild import Rebuild, Rebuilt
+
+
+def rebuild(settings: Settings, *, force: bool) -> wire.StoreRebuilt:
+    """Make the catalog anew; ``force``: also where there is one that is not damaged.
+
+    Raises :class:`StoreBusy` when a daemon runs, here or on another host with this store; :class:`Refused` for a
+    healthy catalog, and what the store raises. Nothing is changed then; the store is only read.
+    """
+    return asyncio.run(_rebuild(settings, force))
+
+
+async def _rebuild(settings: Settings, force: bool) -> wire.StoreRebuilt:
+    state_dir, clock = Path(settings.state_dir), SystemClock()
+    await _may_replace(state_dir, clock, force)
+    async with contextlib.AsyncExitStack() as stack:
+        lock = StateLock(state_dir)
+        await asyncio.to_thread(lock.acquire)
+        stack.callback(lock.release)
+        objects = await asyncio.to_thread(open_objects, settings.store, state_dir)
+        stack.callback(objects.close)
+        lease = WriterLease(objects, await asyncio.to_thread(writer_id, state_dir), settings.host_id)
+        await lease.acquire()
+        stack.push_async_callback(lease.release)
+        keeping = asyncio.create_task(lease.keep(), name="lease")
+        stack.callback(keeping.cancel)
+        beside = Replacement(state_dir)
+        await asyncio.to_thread(beside.clear)
+        async with contextlib.AsyncExitStack() as inner:
+            catalog = await Catalog.open(beside.directory, clock)
+            inner.push_async_callback(catalog.close)
+            store = await open_store(objects, catalog, create=False)
+            inner.push_async_callback(store.close)
+            found = await Rebuild(catalog, store, clock).run()
+            await Bond(catalog, lease).note(store)
+            answer = await _answer(catalog, found)
+        kept = await asyncio.to_thread(beside.put_in_place)
+    return answer.model_copy(update={"kept": str(kept or "")})
+
+
+async def _may_replace(state_dir: Path, clock: SystemClock, force: bool) -> None:
+    """Raise :class:`Refused` for a catalog that is whole and in use, or that guests depend on."""
+    if not await asyncio.to_thread((state_dir / NAME).exists):
+        return
+    try:
+        catalog = await Catalog.open(state_dir, clock)
+    except CatalogFailed as error:
+        if "store-rebuild" in error.hint or force:
+            return
+        raise  # of a newer version, or not readable by us: perhaps it is whole
+    try:
+        if await catalog.operations():
+            hint = "`hvsnap recover` settles it; then try again"
+            raise Refused("the catalog's journal has open operations, which guests depend on", hint=hint)
+        snapshots = await catalog.snapshots(state=State.ACCOMPLISHED)
+    finally:
+        await catalog.close()
+    if snapshots and not force:
+        hint = "`--force` replaces it, and keeps it under another name"
+        raise Refused(f"there is a catalog, whole, with {len(snapshots)} snapshots", hint=hint)
+
+
+async def _answer(catalog: Catalog, found: Rebuilt) -> wire.StoreRebuilt:
+    rows = {row.id: row for row in await catalog.snapshots()}
+    disks = {disk.id: disk for disk in await catalog.disks(include_released=True)}
+    affected = []
+    for snapshot, blocks in found.affected.items():
+        row = rows[snapshot]
+        disk = disks[row.disk]
+        affected.append(
+            wire.AffectedSnapshot(
+                id=snapshot, disk=disk.id, guest=disk.guest_name, target=disk.target, name=row.name, blocks=blocks
+            )
+        )
+    return wire.StoreRebuilt(
+        disks=found.disks,
+        snapshots=found.snapshots,
+        packs=found.packs,
+        blocks=found.blocks,
+        damaged_blocks=found.damaged_blocks,
+        damaged=found.damaged,
+        lost=[str(snapshot) for snapshot in found.lost],
+        affected=affected,
+        kept="",
+    )
