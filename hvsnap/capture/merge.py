@@ -128,7 +128,7 @@ class Merge:
             if pivot_asked:
                 # Off the overlay and onto the base, by libvirt's own word: then the pivot is done.
                 pivoted = attached_to_base or await pivot_happened(disk)
-            empty = found is None and await images.is_empty(disk.overlay)
+            empty = found is None and not pivoted and await images.is_empty(disk.overlay)
         return next_action(guest, disk, job, exists=exists, empty=empty, pivoted=pivoted)
 
     async def act(self, action: Action, uuid: GuestUuid, disk: CapturedDisk) -> None:

@@ -21,6 +21,8 @@ from hvsnap.errors import HvsnapError
 POLL_S = 0.5
 POLL_S_FIRST = 0.05
 LINE_INTERVAL_S = 5.0
+PROGRESS_S = 0.1
+"""Progress comes often; ten looks a second are enough for anybody's eyes. What has happened is looked at at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +62,15 @@ class _Waker:
         self._client.hang_up()
 
     def _listen(self) -> None:
+        last = time.monotonic()
         try:
-            for _item in self._client.events():
+            for item in self._client.events():
                 if self._ended:
                     break
-                self.woken.set()
+                now = time.monotonic()
+                if item.event is not None or now - last >= PROGRESS_S:
+                    last = now
+                    self.woken.set()
         except HvsnapError:
             pass  # polling goes on, and says what is wrong
         finally:
@@ -153,8 +159,6 @@ def follow(client: Client, look: Look, *, quiet: bool, cancel: Callable[[], None
                 waker.woken.wait(pause_s)
                 waker.woken.clear()
                 pause_s = min(POLL_S, pause_s * 1.5)
-                # Progress wakes often; ten looks a second are enough for anybody's eyes.
-                time.sleep(min(0.1, pause_s))
             except KeyboardInterrupt:
                 if bars is not None:
                     bars.stop()
