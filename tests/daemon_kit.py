@@ -91,6 +91,11 @@ class Daemon:
             self._process.kill()
             self._process.wait()
 
+    def terminate(self) -> None:
+        """SIGTERM, without waiting."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM)
+
     def wait_dead(self, timeout_s: float = 60.0) -> int:
         """Return its exit status once it has ended by itself."""
         assert self._process is not None
