@@ -58,30 +58,35 @@ def rig(libvirtd: Libvirtd, guest_image: GuestImage) -> Iterator[Rig]:
         shutil.rmtree(directory)
 
 
-class InGuest:
-    """A command that runs in the guest while the test does something else."""
+class Stress:
+    """Random operations in the guest, one after the other, for as long as the context lasts; :attr:`log` then."""
 
-    def __init__(self, guest: Guest, command: str) -> None:
-        self._outcome: list[str | BaseException] = []
-        self._thread = threading.Thread(target=self._run, args=(guest, command), name=command)
+    def __init__(self, guest: Guest, target: str, seed: int) -> None:
+        self.log: list[Operation] = []
+        self._guest, self._target, self._seed = guest, target, seed
+        self._stop = threading.Event()
+        self._failure: list[BaseException] = []
+        self._thread = threading.Thread(target=self._run, name=f"stress-{target}")
+
+    def __enter__(self) -> Stress:
         self._thread.start()
+        return self
 
-    def _run(self, guest: Guest, command: str) -> None:
-        try:
-            self._outcome.append(guest.run(command))
-        except BaseException as error:
-            self._outcome.append(error)
-
-    @property
-    def running(self) -> bool:
-        return self._thread.is_alive()
-
-    def output(self) -> str:
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
         self._thread.join()
-        (outcome,) = self._outcome
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
+        if self._failure:
+            raise self._failure[0]
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self._seed += 1
+                lines = self._guest.run(f"stress random /dev/{self._target} {self._seed} 300 131072").splitlines()
+                assert len(lines) == 300
+                self.log += [logged_operation(line) for line in lines]
+        except BaseException as error:
+            self._failure.append(error)
 
 
 def wipe(rig: Rig, disk: TestDisk) -> Bytes:
@@ -96,16 +101,12 @@ def test_snapshots_of_a_writing_guest_are_instants_of_its_log(rig: Rig, number: 
     """Each holds every operation acknowledged before its instant, none begun after it, and the next ones follow on."""
     disk = rig.disks[number]
     initial = wipe(rig, disk)
-    stress = InGuest(rig.guest, f"stress random /dev/{disk.target} {SEED + number} 2500 131072")
-    taken: list[wire.Snapshot] = []
-    while stress.running and len(taken) < 4:
-        taken += rig.daemon.snapshot(rig.guest.name, [disk.target], consistency="crash")
-    log = [logged_operation(line) for line in stress.output().splitlines()]
-    assert len(log) == 2500
-    assert len(taken) >= 3
+    with Stress(rig.guest, disk.target, SEED + 1000 * number) as stress:
+        taken = [rig.daemon.snapshot(rig.guest.name, [disk.target], consistency="crash")[0] for _ in range(4)]
+    log = stress.log
     instants = [instant_in_log(rig.restored(snapshot.id), initial, log) for snapshot in taken]
     assert instants == sorted(instants)
-    assert 0 < instants[0] < instants[-1]
+    assert instants[0] < instants[-1]
     assert instant_in_log(rig.present(disk), initial, log) == len(log)
     rig.check_on_images()
 
