@@ -130,7 +130,7 @@ WRONG = [
     ([], "usage", "Missing command"),
     (["bla"], "usage", "No such command 'bla'"),
     (["--bla"], "usage", "No such option: --bla"),
-    (["snapshot-verify", "s-a"], "usage", "No such command"),
+    (["snapshot-unify", "s-a"], "usage", "No such command"),
     (["snapshot-create"], "snapshot-create", "Missing argument 'GUEST'"),
     (["snapshot-create", "g", "--consistency", "b"], "snapshot-create", "'b' is not one of 'auto', 'app', 'crash'"),
     (["snapshot-create", "g", "--name"], "snapshot-create", "requires an argument"),
