@@ -85,7 +85,16 @@ class Upkeep:
         async with self._db.transaction() as cursor:
             blobs = await blobs_of(cursor, [number for number, _ in parts])
             there = [(number, part) for number, part in parts if number in blobs]
-            dropped = [await _drop_of_range(cursor, number, ids[part], blobs[number]) for number, part in there]
+            dropped = []
+            smaller: list[tuple[bytes, int]] = []
+            for number, part in there:
+                gone_here, kept = _split(number, ids[part], blobs[number])
+                if kept.size * 2 < ranges.stored(blobs[number][1]):
+                    await put_range(cursor, number, kept)
+                elif gone_here[0].size:
+                    smaller.append((ranges.encode_live(kept["slot"]), number))
+                dropped.append(gone_here)
+            await cursor.many("UPDATE blocks SET live = ? WHERE range = ?", smaller)
             gone_ids = np.concatenate([np.zeros(0, np.uint64), *(some for some, _ in dropped)])
             gone = np.concatenate([np.zeros(0, ENTRY), *(entries for _, entries in dropped)])
             await release(cursor, gone)
@@ -188,19 +197,14 @@ class Upkeep:
             await cursor.execute(sql, (revision, written.changes, written.snapshot))
 
 
-async def _drop_of_range(
-    cursor: Cursor, number: int, ids: UInt64Array, stored: tuple[bytes, bytes]
-) -> tuple[UInt64Array, EntryArray]:
-    """Drop blocks of one range; return those that were there."""
+def _split(
+    number: int, ids: UInt64Array, stored: tuple[bytes, bytes]
+) -> tuple[tuple[UInt64Array, EntryArray], EntryArray]:
+    """Return ids and entries of those blocks of a range that are to be dropped, and the entries of the others."""
     entries = ranges.decode(*stored)
-    leaving = np.isin(ranges.ids_of(number, entries), ids)
-    kept = entries[~leaving]
-    if kept.size * 2 < ranges.stored(stored[1]):
-        await put_range(cursor, number, kept)
-    elif leaving.any():
-        live = ranges.encode_live(kept["slot"])
-        await cursor.execute("UPDATE blocks SET live = ? WHERE range = ?", (live, number))
-    return ranges.ids_of(number, entries[leaving]), entries[leaving]
+    here = ranges.ids_of(number, entries)
+    leaving = np.isin(here, ids)
+    return (here[leaving], entries[leaving]), entries[~leaving]
 
 
 class Mover:
