@@ -151,9 +151,9 @@ class S3(_Table):
 
 
 class Encryption(_Table):
-    """The store's key."""
+    """The store's key: with one, a new store is encrypted, and an existing one must be."""
 
-    key_file: Annotated[AbsolutePath, _later("an encrypted store")] = ""
+    key_file: AbsolutePath = ""
 
 
 class Store(_Table):

@@ -56,7 +56,7 @@ from hvsnap.service.tasks import Tasks
 from hvsnap.service.uses import Uses
 from hvsnap.store.blocks import PackedBlocks, open_store
 from hvsnap.store.lease import WriterLease
-from hvsnap.store.opening import open_objects, writer_id
+from hvsnap.store.opening import open_key, open_objects, writer_id
 from hvsnap.upkeep.bond import Bond
 
 log = logging.getLogger(__name__)
@@ -111,12 +111,15 @@ async def assembled(settings: Settings) -> AsyncIterator[House]:
         stack.push_async_callback(catalog.close)
         objects = await asyncio.to_thread(open_objects, settings.store, Path(settings.state_dir))
         stack.callback(objects.close)
+        key = await open_key(settings.store, objects)
         holder = await asyncio.to_thread(writer_id, Path(settings.state_dir))
         lease = WriterLease(objects, holder, settings.host_id)
         await lease.acquire()
         bond = Bond(catalog, lease)
         stack.push_async_callback(bond.release)
-        store = await open_store(objects, catalog, create=await bond.is_new(), compression=settings.capture.compression)
+        store = await open_store(
+            objects, catalog, create=await bond.is_new(), key=key, compression=settings.capture.compression
+        )
         stack.push_async_callback(store.close)
         await bond.check(store)
         await objects.clean_temporaries()

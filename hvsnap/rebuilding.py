@@ -1,4 +1,4 @@
-"""``hvsnap store-rebuild``: a new catalog from the store, put in the old one's place; no daemon runs."""
+"""``hvsnap store-rebuild`` and ``store-rekey``: what is done to catalog and store while no daemon runs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from hvsnap.catalog.lock import StateLock
 from hvsnap.catalog.replacement import NAME, Replacement
 from hvsnap.config import Settings
 from hvsnap.daemon import SystemClock
-from hvsnap.errors import CatalogFailed, Refused
+from hvsnap.errors import CatalogFailed, NotFound, Refused, StoreFailed
 from hvsnap.model import State
 from hvsnap.store.blocks import open_store
+from hvsnap.store.keyring import StoreKey, change_key
 from hvsnap.store.lease import WriterLease
-from hvsnap.store.opening import open_objects, writer_id
+from hvsnap.store.opening import open_key, open_objects, writer_id
 from hvsnap.upkeep.bond import Bond
 from hvsnap.upkeep.rebuild import Rebuild, Rebuilt
 
@@ -39,6 +40,7 @@ async def _rebuild(settings: Settings, force: bool) -> wire.StoreRebuilt:
         stack.callback(lock.release)
         objects = await asyncio.to_thread(open_objects, settings.store, state_dir)
         stack.callback(objects.close)
+        key = await open_key(settings.store, objects)
         lease = WriterLease(objects, await asyncio.to_thread(writer_id, state_dir), settings.host_id)
         await lease.acquire()
         stack.push_async_callback(lease.release)
@@ -49,13 +51,44 @@ async def _rebuild(settings: Settings, force: bool) -> wire.StoreRebuilt:
         async with contextlib.AsyncExitStack() as inner:
             catalog = await Catalog.open(beside.directory, clock)
             inner.push_async_callback(catalog.close)
-            store = await open_store(objects, catalog, create=False)
+            store = await open_store(objects, catalog, create=False, key=key)
             inner.push_async_callback(store.close)
             found = await Rebuild(catalog, store, clock).run()
             await Bond(catalog, lease).note(store)
             answer = await _answer(catalog, found)
         kept = await asyncio.to_thread(beside.put_in_place)
     return answer.model_copy(update={"kept": str(kept or "")})
+
+
+def rekey(settings: Settings, new_key_file: str) -> None:
+    """Let the key of another file open the store, and the present one no more.
+
+    Raises :class:`StoreBusy` when a daemon runs, :class:`Refused` for a store that is not encrypted or a wrong key.
+    """
+    asyncio.run(_rekey(settings, new_key_file))
+
+
+async def _rekey(settings: Settings, new_key_file: str) -> None:
+    if not settings.store.encryption.key_file:
+        hint = "the present key is what store.encryption.key_file names; a plain store cannot be encrypted in place"
+        raise Refused("no key is configured", hint=hint)
+    new = await asyncio.to_thread(StoreKey.read, new_key_file, "NEW_KEY_FILE")
+    state_dir = Path(settings.state_dir)
+    async with contextlib.AsyncExitStack() as stack:
+        lock = StateLock(state_dir)
+        await asyncio.to_thread(lock.acquire)
+        stack.callback(lock.release)
+        objects = await asyncio.to_thread(open_objects, settings.store, state_dir)
+        stack.callback(objects.close)
+        old = await open_key(settings.store, objects)
+        lease = WriterLease(objects, await asyncio.to_thread(writer_id, state_dir), settings.host_id)
+        await lease.acquire()
+        stack.push_async_callback(lease.release)
+        if old is not None:
+            try:
+                await change_key(objects, old, new)
+            except NotFound as error:
+                raise StoreFailed("there is no repository", hint="check the store's place") from error
 
 
 async def _may_replace(state_dir: Path, clock: SystemClock, force: bool) -> None:

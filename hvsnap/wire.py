@@ -510,6 +510,12 @@ class StoreRebuilt(Answer):
     kept: str = Field(description="where the catalog that was there before is kept; empty if there was none")
 
 
+class StoreRekeyed(Answer):
+    """The key of an encrypted store was changed."""
+
+    key_file: str = Field(description="the only one that opens it now")
+
+
 class PackFate(Answer):
     """What becomes of one pack."""
 

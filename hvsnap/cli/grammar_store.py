@@ -67,6 +67,20 @@ def store_compact(
     return store.compact(session, dry_run=dry_run, detach=detach)
 
 
+@command("store-rekey", STORE, example="hvsnap store-rekey /etc/hvsnap/new.key")
+def store_rekey(
+    session: Session,
+    new_key_file: Annotated[str, typer.Argument(metavar="NEW_KEY_FILE", help="The file with the new key.")],
+) -> None:
+    """Let another key open an encrypted store, and the present one no more, where no daemon runs.
+
+    What is stored stays as it is. Then name the new file in store.encryption.key_file.
+    """
+    from hvsnap.cli import host
+
+    host.rekey(session, new_key_file)
+
+
 @command("store-rebuild", STORE, example="hvsnap store-rebuild")
 def store_rebuild(
     session: Session,

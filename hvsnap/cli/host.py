@@ -13,6 +13,7 @@ from hvsnap.cli import render
 from hvsnap.cli.client import DaemonAbsent
 from hvsnap.cli.complaints import complain
 from hvsnap.cli.session import Session
+from hvsnap.cli.store import count
 from hvsnap.cli.text import safe
 from hvsnap.config import Settings
 from hvsnap.errors import DaemonUnreachable, Damaged, Failed, StoreBusy
@@ -92,14 +93,25 @@ def rebuild(session: Session, *, force: bool) -> int:
         return 0
     if not session.json:
         session.answer(answer, text)
-    why = f"the store is damaged; {len(answer.lost)} snapshots are lost, {len(answer.affected)} do not restore"
+    why = f"the store is damaged; lost snapshots: {len(answer.lost)}, not to be restored: {len(answer.affected)}"
     hint = "the rest is as it was; before the daemon starts, put back what a copy of the store has, and rebuild again"
     return complain(Damaged(why, hint=hint), "store-rebuild", as_json=session.json, also=answer.model_dump(mode="json"))
 
 
+def rekey(session: Session, new_key_file: str) -> None:
+    """Change the key of an encrypted store."""
+    from hvsnap import rebuilding  # noqa: PLC0415 - as above
+
+    path = os.path.abspath(new_key_file)
+    rebuilding.rekey(session.settings(), path)
+    answer = wire.StoreRekeyed(key_file=path)
+    session.answer(answer, f"the store opens with {safe(path)} only: name it in store.encryption.key_file now")
+
+
 def rebuilt(answer: wire.StoreRebuilt) -> str:
     """Return what a rebuild found."""
-    lines = [f"{answer.snapshots} snapshots of {answer.disks} disks; {answer.blocks} blocks in {answer.packs} packs"]
+    what = f"{count(answer.snapshots, 'snapshot')} of {count(answer.disks, 'disk')}"
+    lines = [f"{what}; {count(answer.blocks, 'block')} in {count(answer.packs, 'pack')}"]
     lines += [f"damaged: {safe(what)}" for what in answer.damaged]
     lines += [f"lost: {snapshot}" for snapshot in answer.lost]
     lines += [f"does not restore: {one.id} ({one.blocks} blocks)" for one in answer.affected]

@@ -16,21 +16,30 @@ class Admission:
     """Admits disks to captures. The caller lets one request in at a time."""
 
     def __init__(
-        self, catalog: Catalog, inventory: Inventory, uses: Uses, lanes: Lanes, *, snapshots_per_disk: int
+        self, catalog: Catalog, inventory: Inventory, uses: Uses, lanes: Lanes, *, snapshots_per_disk: int, sealed: bool
     ) -> None:
         self._catalog = catalog
         self._inventory = inventory
         self._uses = uses
         self._lanes = lanes
         self._snapshots_per_disk = snapshots_per_disk
+        self._sealed = sealed
 
     async def admit(self, found: Found, *, wait: bool) -> Disk:
         """Check the rules for one disk and return its row; nothing has begun when this refuses."""
         info = await images.image_info(found.view.top.path, found.view.top.format)
         where = f"disk {found.view.target} of {found.guest.name}"
         if info.encrypted:
-            raise Refused(f"{where} is encrypted, and the store has no key", hint="its data would be stored in plain")
+            if not self._sealed:
+                hint = "its data would be stored in plain"
+                raise Refused(f"{where} is encrypted, and the store has no key", hint=hint)
+            raise Refused(
+                f"{where} is encrypted, and hvsnap cannot read its image", hint="encrypt in the guest instead"
+            )
         disk = await self._inventory.register(found, info.size_bytes)
+        if disk.encrypted and not self._sealed:
+            hint = "its data would be stored in plain: configure an encrypted store"
+            raise Refused(f"{where} is marked as encrypted, and the store has no key", hint=hint)
         self._uses.check_disk(disk.id)
         for operation in await self._catalog.operations():
             await self._check_operation(operation, disk, where)

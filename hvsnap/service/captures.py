@@ -68,7 +68,12 @@ class Captures:
         self._clock = clock
         self._lanes = Lanes()
         self._admission = Admission(
-            catalog, inventory, uses, self._lanes, snapshots_per_disk=settings.snapshots_per_disk
+            catalog,
+            inventory,
+            uses,
+            self._lanes,
+            snapshots_per_disk=settings.snapshots_per_disk,
+            sealed=store.repository.sealed,
         )
         self._freezer = Freezer(hypervisor, catalog)
         self._planner = Planner(hypervisor, self._freezer, catalog, store, clock, settings, self._report)

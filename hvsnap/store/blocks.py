@@ -24,6 +24,7 @@ from hvsnap.ports import BlockIndex, ObjectStore, Stored
 from hvsnap.store.codec import Codec
 from hvsnap.store.fetch import Fetcher
 from hvsnap.store.intake import Intake, Workers
+from hvsnap.store.keyring import StoreKey, add_key, read_repository
 from hvsnap.store.manifests import Manifests
 from hvsnap.store.packer import PACK_BYTES, Packer
 from hvsnap.store.packs import Packs
@@ -34,7 +35,6 @@ from hvsnap.store.repository import (
     Repository,
     compression_level,
     encode_config,
-    parse_config,
 )
 from hvsnap.store.rewriting import Rewriting
 from hvsnap.store.uninterrupted import uninterrupted
@@ -45,6 +45,7 @@ async def open_store(
     index: BlockIndex,
     *,
     create: bool = True,
+    key: StoreKey | None = None,
     block_size: int = BLOCK_SIZE_DEFAULT,
     compression: str = "",
     threads: int | None = None,
@@ -53,29 +54,36 @@ async def open_store(
 
     ``block_size`` is for a new repository: an existing one keeps its own. ``compression`` (``zstd:LEVEL``) is for the
     blocks stored from now on; empty is the repository's default. ``threads`` hash and compress, by default one
-    for each processor.
+    for each processor. With a ``key`` a new repository is encrypted; an existing one must be, and opens with just that.
 
-    Raises :class:`StoreFailed` if there is none, :class:`Damaged`, :class:`FormatUnknown`, :class:`BadRequest`.
+    Raises :class:`StoreFailed` if there is none, :class:`Refused` for a wrong or missing key, :class:`Damaged`,
+    :class:`FormatUnknown`, :class:`BadRequest`.
     """
-    repository = await _repository(objects, create, block_size, compression or COMPRESSION_DEFAULT)
+    repository = await _repository(objects, create, key, block_size, compression or COMPRESSION_DEFAULT)
     level = compression_level(compression or repository.compression)
     return PackedBlocks(objects, index, repository, level, threads, await index.next_block_id())
 
 
-async def _repository(objects: ObjectStore, create: bool, block_size: int, compression: str) -> Repository:
+async def _repository(
+    objects: ObjectStore, create: bool, key: StoreKey | None, block_size: int, compression: str
+) -> Repository:
     """Read the configuration, or create it: exclusively, so that of two at the same time one wins."""
     try:
-        return parse_config(await objects.get(CONFIG_NAME))
+        return await read_repository(objects, key)
     except NotFound as error:
         if not create:
             raise StoreFailed(
                 f"there is no repository: {error}", hint="check the store's place, and that its disk is mounted"
             ) from error
-    repository = Repository.new(block_size, compression)
+    repository = Repository.new(block_size, compression, sealed=key is not None)
+    if key is not None:
+        await add_key(
+            objects, repository, key
+        )  # first: a repository that nothing opens would be worse than a key too many
     try:
         await objects.put(CONFIG_NAME, encode_config(repository))
     except ObjectExists:
-        return parse_config(await objects.get(CONFIG_NAME))
+        return await read_repository(objects, key)
     return repository
 
 
@@ -94,7 +102,7 @@ class PackedBlocks:
         self.repository = repository
         self._index = index
         self._workers = Workers(threads)
-        codec = Codec(repository.block_size, level, repository.keys.block)
+        codec = Codec(repository.block_size, level, repository.keys.block, repository.seal)
         self.intake = Intake(objects, index, repository, codec, self._workers, next_block_id)
         self.manifests = Manifests(objects, repository)
         self.packs = Packs(objects, repository)

@@ -17,7 +17,8 @@ from blake3 import blake3
 
 from hvsnap.errors import Damaged
 from hvsnap.model import BlockPlace
-from hvsnap.store.pack import FLAG_ZSTD, check_flags
+from hvsnap.store.pack import FLAG_SEALED, FLAG_ZSTD, check_flags
+from hvsnap.store.seal import Seal
 
 PROBE_WORDS = 16
 """Words of each block that are looked at first: if every block of a batch shows data there, that was all."""
@@ -53,28 +54,33 @@ def digest_blocks(data: memoryview, block_size: int, key: bytes) -> dict[int, by
 
 
 class Codec:
-    """Compresses and restores; each thread has its own zstd contexts."""
+    """Compresses and restores; each thread has its own zstd contexts. With a ``seal`` every block is encrypted, too."""
 
-    def __init__(self, block_size: int, level: int, key: bytes) -> None:
+    def __init__(self, block_size: int, level: int, key: bytes, seal: Seal | None = None) -> None:
+        self._seal = seal
         self._block_size = block_size
         self._level = level
         self._key = key
         self._local = threading.local()
 
-    def compress(self, data: memoryview, positions: Sequence[int]) -> StoredBatch:
-        """Return the blocks at ``positions``, one or more, as they are stored."""
+    def compress(self, data: memoryview, positions: Sequence[int], digests: Sequence[bytes] = ()) -> StoredBatch:
+        """Return the blocks at ``positions``, one or more, as they are stored; ``digests`` are what sealing needs."""
         blocks: list[bytes | bytearray | memoryview] = [
             data[at * self._block_size : (at + 1) * self._block_size] for at in positions
         ]
         frames = self._compressor().multi_compress_to_buffer(blocks, threads=1)
         worth = self._block_size - self._block_size // GAIN_SHARE
-        pieces: list[memoryview] = []
+        pieces: list[memoryview | bytes] = []
         flags: list[int] = []
         for number, block in enumerate(blocks):
             frame = frames[number]
             gained = len(frame) <= worth
             pieces.append(memoryview(frame) if gained else block)  # type: ignore[arg-type]  # has the buffer protocol
             flags.append(FLAG_ZSTD if gained else 0)
+        if self._seal is not None:
+            seal = self._seal.seal
+            pieces = [seal(b"block", digest, piece) for digest, piece in zip(digests, pieces, strict=True)]
+            flags = [flag | FLAG_SEALED for flag in flags]
         return StoredBatch(b"".join(pieces), [len(piece) for piece in pieces], flags)
 
     def restore(self, data: memoryview, start: int, places: Sequence[BlockPlace]) -> list[bytes]:
@@ -99,7 +105,9 @@ class Codec:
 
     def _restore_one(self, stored: memoryview, place: BlockPlace) -> bytes:
         what = f"block {place.id} in {place.pack}"
-        check_flags(place.flags, what)
+        check_flags(place.flags, what, sealed=self._seal is not None)
+        if self._seal is not None:
+            stored = memoryview(self._seal.open(b"block", place.digest, stored, what))
         block = self._decompress(stored, what) if place.flags & FLAG_ZSTD else bytes(stored)
         if len(block) != self._block_size or blake3(block, key=self._key).digest() != place.digest:
             raise Damaged(f"{what} is not what was stored: its digest is wrong")

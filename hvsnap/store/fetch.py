@@ -13,6 +13,7 @@ from hvsnap.ports import BlockIndex, ObjectStore
 from hvsnap.store.codec import Codec
 from hvsnap.store.intake import Workers
 from hvsnap.store.pack import HEADER_BYTES
+from hvsnap.store.seal import SEAL_BYTES
 
 IDS_AT_ONCE = 4096
 """Ids that are looked up and sorted together: a page of a block map."""
@@ -70,7 +71,7 @@ def plan_reads(wanted: Iterable[tuple[int, BlockPlace]], block_size: int) -> Ite
     blocks_max = max(1, CONTENT_BYTES_MAX // block_size)
     read: Read | None = None
     for position, place in sorted(wanted, key=lambda pair: (pair[1].pack, pair[1].offset, pair[1].id, pair[0])):
-        if place.offset < HEADER_BYTES or not 1 <= place.length <= block_size:
+        if place.offset < HEADER_BYTES or not 1 <= place.length <= block_size + SEAL_BYTES:
             raise Damaged(f"block {place.id} cannot be at {place.offset}+{place.length} in {place.pack}")
         if read is None or not read.suits(place, blocks_max):
             if read is not None:

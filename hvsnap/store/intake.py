@@ -191,7 +191,7 @@ class Intake:
         if self._closed:
             self._slots.release()
             raise StoreFailed("the store is closed")
-        pack = PackId.new(self._repository.id, self._repository.block_size)
+        pack = PackId.new(self._repository.id, self._repository.block_size, sealed=self._repository.sealed)
         packer = Packer(pack, self._keys.pack, self._objects, self._index, self._over)
         packer.claim(new)
         self._tasks[packer] = asyncio.create_task(packer.run(), name=pack.name)
@@ -206,7 +206,9 @@ class Intake:
         try:
             await packer.room()
             first = {digest: position for position, digest in reversed(digests.items())}
-            batch = await self._workers.run(self._codec.compress, data, [first[digest] for digest in decision.new])
+            batch = await self._workers.run(
+                self._codec.compress, data, [first[digest] for digest in decision.new], list(decision.new)
+            )
             packer.append(decision.new, batch)
         except BaseException as error:
             packer.fail(error if isinstance(error, Exception) else StoreFailed("the store was interrupted"))

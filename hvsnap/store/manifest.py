@@ -18,6 +18,7 @@ from hvsnap.errors import Damaged, FormatUnknown
 from hvsnap.model import PAGE_BLOCKS
 from hvsnap.store.identity import ManifestHead, decode_document, encode_document
 from hvsnap.store.repository import DIGEST_BYTES
+from hvsnap.store.seal import SEAL_BYTES, Seal
 
 DOCUMENT_BYTES_MAX = 16 << 20
 
@@ -27,9 +28,15 @@ _PAGE = struct.Struct("<QII")
 _TRAILER = struct.Struct("<8sQQ")
 _HEADER_MAGIC = b"HVSNMANI"
 _TRAILER_MAGIC = b"HVSNMEND"
+_FLAG_SEALED = 0x0001
 _ENTRY_BYTES = 2 + DIGEST_BYTES
 _TRAILER_BYTES = _TRAILER.size + DIGEST_BYTES
 _LEVEL = 1  # digests do not compress; indexes and runs of zero blocks do at any level
+
+
+def _page_name(name: str, number: int) -> bytes:
+    """Return what a page is sealed under."""
+    return f"{name}#{number}".encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +76,8 @@ class _Rules:
 class ManifestEncoder:
     """Turns one manifest into bytes: :meth:`start`, :meth:`page` for each in ascending order, :meth:`finish`."""
 
-    def __init__(self, head: ManifestHead, repository: bytes, key: bytes) -> None:
+    def __init__(self, head: ManifestHead, repository: bytes, key: bytes, seal: Seal | None = None) -> None:
+        self._seal = seal
         self._head = head
         self._repository = repository
         self._hasher = blake3(key=key)
@@ -79,9 +87,12 @@ class ManifestEncoder:
     def start(self) -> bytes:
         """Return header and document."""
         document = encode_document(self._head)
-        if len(document) > DOCUMENT_BYTES_MAX:
+        if len(document) > DOCUMENT_BYTES_MAX - SEAL_BYTES:
             raise Damaged(f"{self._head.name}: {len(document)} bytes of identity are more than a manifest holds")
-        header = _HEADER.pack(_HEADER_MAGIC, _VERSION, 0, len(document), self._repository)
+        if self._seal is not None:
+            document = self._seal.seal(b"document", self._head.name.encode(), document)
+        flags = _FLAG_SEALED if self._seal is not None else 0
+        header = _HEADER.pack(_HEADER_MAGIC, _VERSION, flags, len(document), self._repository)
         return self._authenticated(header + document)
 
     def page(self, page: ManifestPage) -> bytes:
@@ -92,6 +103,8 @@ class ManifestEncoder:
         self._rules.take(page.number, page.index)
         raw = page.index.astype("<u2").tobytes() + page.digests.astype(np.uint8).tobytes()
         frame = self._compressor.compress(raw)
+        if self._seal is not None:
+            frame = self._seal.seal(b"page", _page_name(self._head.name, page.number), frame)
         return self._authenticated(_PAGE.pack(page.number, count, len(frame)) + frame)
 
     def finish(self) -> bytes:
@@ -112,7 +125,10 @@ class ManifestDecoder:
     ``name`` is the object's, ``size_bytes`` its whole size. All methods raise :class:`Damaged`, :class:`FormatUnknown`.
     """
 
-    def __init__(self, name: str, size_bytes: int, repository: bytes, block_size: int, key: bytes) -> None:
+    def __init__(
+        self, name: str, size_bytes: int, repository: bytes, block_size: int, key: bytes, seal: Seal | None = None
+    ) -> None:
+        self._seal = seal
         self.head: ManifestHead | None = None
         self._name = name
         self._rest_bytes = size_bytes - _TRAILER_BYTES  # before the trailer, not yet taken off the buffer
@@ -155,8 +171,14 @@ class ManifestDecoder:
         if len(self._buffer) < _HEADER.size + length + DIGEST_BYTES:
             return False
         document = self._authenticated(_HEADER.size + length)[_HEADER.size :]
-        if flags:
+        if flags & ~_FLAG_SEALED:
             raise FormatUnknown(f"{self._name} has unknown flags {flags:#x}")
+        if flags & _FLAG_SEALED and self._seal is None:
+            raise FormatUnknown(f"{self._name} is encrypted, in a repository that is not")
+        if self._seal is not None:
+            if not flags & _FLAG_SEALED:
+                raise self._damaged("it is in plain, in an encrypted repository")
+            document = self._seal.open(b"document", self._name.encode(), document, self._name)
         head = decode_document(document, self._name)
         if repository != self._repository or head.block_size != self._block_size:
             raise self._damaged("it belongs to another repository")
@@ -173,14 +195,17 @@ class ManifestDecoder:
         number, count, length = _PAGE.unpack_from(self._buffer)
         raw_bytes = count * _ENTRY_BYTES
         # zstd's own bound for what does not compress, so that a lie about the length costs no memory.
-        length_max = raw_bytes + (raw_bytes >> 8) + 128
+        length_max = raw_bytes + (raw_bytes >> 8) + 128 + (SEAL_BYTES if self._seal is not None else 0)
         if not 1 <= count <= PAGE_BLOCKS or not 1 <= length <= length_max:
             raise self._damaged("a page's size is not possible")
         if self._rest_bytes < _PAGE.size + length + DIGEST_BYTES:
             raise self._damaged("a page runs into the end")
         if len(self._buffer) < _PAGE.size + length + DIGEST_BYTES:
             return None
-        raw = self._decompress(self._authenticated(_PAGE.size + length)[_PAGE.size :], raw_bytes)
+        frame = self._authenticated(_PAGE.size + length)[_PAGE.size :]
+        if self._seal is not None:
+            frame = self._seal.open(b"page", _page_name(self._name, number), frame, self._name)
+        raw = self._decompress(frame, raw_bytes)
         index = np.frombuffer(raw, "<u2", count).astype(np.uint16)
         digests = np.frombuffer(raw, np.uint8, offset=2 * count).reshape(count, DIGEST_BYTES)
         if self._rules is not None:

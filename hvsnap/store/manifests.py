@@ -23,6 +23,7 @@ class Manifests:
         self._objects = objects
         self._repository = repository
         self._key = repository.keys.manifest
+        self._seal = repository.seal
 
     async def put(self, head: ManifestHead, pages: AsyncIterable[ManifestPage]) -> ManifestName:
         """Write a manifest, durable on return; its pages ascend by number. The blocks must be durable before.
@@ -31,7 +32,7 @@ class Manifests:
         :class:`~hvsnap.errors.StoreFailed`, :class:`~hvsnap.errors.Damaged` for pages that no reader would accept.
         """
         name = ManifestName.parse(head.name)
-        encoder = ManifestEncoder(head, self._repository.id, self._key)
+        encoder = ManifestEncoder(head, self._repository.id, self._key, self._seal)
         writer = await self._objects.writer(head.name)
         try:
             piece = bytearray(encoder.start())
@@ -97,7 +98,8 @@ class Manifests:
         await self._objects.delete(str(name))
 
     def _decoder(self, name: ManifestName, size_bytes: int) -> ManifestDecoder:
-        return ManifestDecoder(str(name), size_bytes, self._repository.id, self._repository.block_size, self._key)
+        repository = self._repository
+        return ManifestDecoder(str(name), size_bytes, repository.id, repository.block_size, self._key, self._seal)
 
     async def _pieces(self, name: ManifestName, size_bytes: int) -> AsyncIterator[bytes]:
         for start in range(0, size_bytes, PIECE_BYTES):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import secrets
 import tempfile
 from pathlib import Path
 
 from hvsnap.config import Store
+from hvsnap.errors import NotFound
+from hvsnap.ports import ObjectStore
 from hvsnap.secret import read_secret
+from hvsnap.store.keyring import StoreKey, read_repository
 from hvsnap.store.objects import LocalObjects
 from hvsnap.store.s3 import Place, S3Objects
 
@@ -26,6 +31,19 @@ def open_objects(settings: Store, state_dir: Path) -> LocalObjects | S3Objects:
     if state_dir.is_dir():
         spool = state_dir
     return S3Objects(Place(bucket, prefix, s3.endpoint, s3.region, s3.access_key, secret), spool)
+
+
+async def open_key(settings: Store, objects: ObjectStore) -> StoreKey | None:
+    """Return the configured key, None if there is none, once it is certain that it suits what is there already.
+
+    Asked before anything is written. Raises :class:`ConfigInvalid` for a key file that cannot be used, and what
+    :func:`~hvsnap.store.keyring.read_repository` raises.
+    """
+    path = settings.encryption.key_file
+    key = await asyncio.to_thread(StoreKey.read, path) if path else None
+    with contextlib.suppress(NotFound):
+        await read_repository(objects, key)
+    return key
 
 
 def writer_id(state_dir: Path) -> str:

@@ -17,13 +17,14 @@ from blake3 import blake3
 
 from hvsnap.errors import Damaged, FormatUnknown
 from hvsnap.store.repository import BLOCK_SIZE_MAX, DIGEST_BYTES
+from hvsnap.store.seal import SEAL_BYTES
 
 PACKS = "packs"
 FLAG_ZSTD = 0x0001
 FLAG_SEALED = 0x0002
-"""Reserved: AES-256-GCM. A reader of this version refuses it."""
+"""AES-256-GCM, after compression: all blocks of an encrypted repository, none of a plain one."""
 
-KNOWN_FLAGS = FLAG_ZSTD
+KNOWN_FLAGS = FLAG_ZSTD | FLAG_SEALED
 
 HEADER_BYTES = 64
 FOOTER_BYTES = 96
@@ -51,11 +52,12 @@ class PackId:
     repository: bytes
     pack: bytes
     block_size: int
+    sealed: bool = False
 
     @classmethod
-    def new(cls, repository: bytes, block_size: int) -> PackId:
+    def new(cls, repository: bytes, block_size: int, *, sealed: bool = False) -> PackId:
         """Return a new random id."""
-        return cls(repository, secrets.token_bytes(16), block_size)
+        return cls(repository, secrets.token_bytes(16), block_size, sealed)
 
     @property
     def name(self) -> str:
@@ -79,12 +81,12 @@ class Footer:
         return self.entries * ENTRY.itemsize
 
 
-def pack_id_of(name: str, repository: bytes, block_size: int) -> PackId:
+def pack_id_of(name: str, repository: bytes, block_size: int, *, sealed: bool = False) -> PackId:
     """Return the id that a pack of this object name must carry. Raises :class:`Damaged`."""
     match = _NAME.fullmatch(name)
     if match is None:
         raise Damaged(f"{name} is not the name of a pack")
-    return PackId(repository, bytes.fromhex(match[2]), block_size)
+    return PackId(repository, bytes.fromhex(match[2]), block_size, sealed)
 
 
 def encode_header(pack: PackId) -> bytes:
@@ -146,26 +148,36 @@ def parse_index(pack: PackId, header: bytes, footer: Footer, body: bytes, key: b
     return index
 
 
-def check_flags(flags: int, what: str) -> None:
-    """Raise :class:`FormatUnknown` for a stored block that this release cannot read."""
-    if flags & FLAG_SEALED:
-        raise FormatUnknown(f"{what} is encrypted, which this release cannot read")
+def check_flags(flags: int, what: str, *, sealed: bool = False) -> None:
+    """Raise :class:`FormatUnknown` for a stored block that this release cannot read.
+
+    One that is in plain in an encrypted repository (``sealed``) is :class:`Damaged`: somebody put it there.
+    """
     if flags & ~KNOWN_FLAGS:
         raise FormatUnknown(f"{what} has unknown flags {flags:#x}")
+    if flags & FLAG_SEALED and not sealed:
+        raise FormatUnknown(f"{what} is encrypted, in a repository that is not")
+    if sealed and not flags & FLAG_SEALED:
+        raise Damaged(f"{what} is in plain, in an encrypted repository")
 
 
 def _check_entries(pack: PackId, index_offset: int, index: EntryArray) -> None:
     """Hold the rules of index entries, before writing and after reading."""
     for flags in np.unique(index["flags"]):
-        check_flags(int(flags), f"a block in {pack.name}")
+        check_flags(int(flags), f"a block in {pack.name}", sealed=pack.sealed)
     if not 1 <= index.size <= ENTRIES_MAX or index["reserved"].any():
         raise Damaged(f"{pack.name}: number of index entries, or a reserved field, is wrong")
     length = index["length"].astype(np.uint64)
     compressed = (index["flags"] & FLAG_ZSTD) != 0
-    if not np.where(compressed, (length > 0) & (length < pack.block_size), length == pack.block_size).all():
+    added = SEAL_BYTES if pack.sealed else 0
+    full = pack.block_size + added
+    if not np.where(compressed, (length > added) & (length < full), length == full).all():
         raise Damaged(f"{pack.name}: a block's length is not possible")
     # Lengths are at most a block now, so no sum below can wrap once offsets are bounded.
-    if index_offset > ENTRIES_MAX * BLOCK_SIZE_MAX + HEADER_BYTES or (index["offset"] > index_offset).any():
+    if (
+        index_offset > ENTRIES_MAX * (BLOCK_SIZE_MAX + SEAL_BYTES) + HEADER_BYTES
+        or (index["offset"] > index_offset).any()
+    ):
         raise Damaged(f"{pack.name}: a block lies beyond the index")
     ends = index["offset"] + length
     starts = np.append(index["offset"][1:], np.uint64(index_offset))

@@ -52,7 +52,7 @@ class Packs:
 
     async def read(self, name: str) -> tuple[Footer, EntryArray]:
         """Return a pack's footer and index, authenticated; raises as :meth:`index` does."""
-        pack = pack_id_of(name, self._repository.id, self._repository.block_size)
+        pack = pack_id_of(name, self._repository.id, self._repository.block_size, sealed=self._repository.sealed)
         size_bytes = await self._objects.size(name)
         if size_bytes < HEADER_BYTES + FOOTER_BYTES:
             raise Damaged(f"{name} is too short for a pack")

@@ -155,7 +155,7 @@ class _NewPacks:
         ):
             await self._finish()
         if self._packer is None:
-            pack = PackId.new(self._repository.id, self._repository.block_size)
+            pack = PackId.new(self._repository.id, self._repository.block_size, sealed=self._repository.sealed)
             self._packer = Packer(pack, self._repository.keys.pack, self._objects, self._index, lambda _packer: None)
             self._task = asyncio.create_task(self._packer.run(), name=pack.name)
             self._packer.claim(claims)

@@ -15,6 +15,7 @@ from hvsnap.errors import CatalogFailed, Damaged, FormatUnknown, HvsnapError, No
 from hvsnap.ports import BlockIndex
 from hvsnap.store import packer
 from hvsnap.store.blocks import PackedBlocks, Session, open_store
+from hvsnap.store.keyring import StoreKey
 from hvsnap.store.objects import LocalObjects
 from tests.catalog_kit import StoppedClock
 from tests.store_kit import BLOCK, MemoryIndex, MemoryObjects, Watched, a_block, ids_of, read_back, seeded
@@ -59,9 +60,16 @@ def memory() -> MemoryObjects:
     return MemoryObjects()
 
 
+@pytest.fixture(params=["plain", "sealed"])
+def key(request: pytest.FixtureRequest) -> StoreKey | None:
+    return StoreKey("k", raw=bytes(range(32))) if request.param == "sealed" else None
+
+
 @pytest.fixture
-async def store(index: BlockIndex, memory: MemoryObjects, stops: Stops) -> AsyncIterator[PackedBlocks]:
-    opened = await open_store(Watched(memory, stops), index)
+async def store(
+    index: BlockIndex, memory: MemoryObjects, stops: Stops, key: StoreKey | None
+) -> AsyncIterator[PackedBlocks]:
+    opened = await open_store(Watched(memory, stops), index, key=key)
     yield opened
     for gate in stops.gates.values():
         gate.set()
@@ -90,13 +98,13 @@ async def test_what_was_put_is_read_back_byte_for_byte(store: PackedBlocks) -> N
 
 
 async def test_another_process_reads_it_with_the_same_configuration(
-    store: PackedBlocks, index: BlockIndex, memory: MemoryObjects
+    store: PackedBlocks, index: BlockIndex, memory: MemoryObjects, key: StoreKey | None
 ) -> None:
     data = a_block(seeded(), "text")
     session = store.session()
     block = await put_one(session, data)
     await session.flush()
-    again = await open_store(memory, index, create=False, block_size=131072)
+    again = await open_store(memory, index, create=False, key=key, block_size=131072)
     assert again.block_size == BLOCK
     assert await read_back(again, [block]) == data
     other = again.session()
@@ -161,8 +169,10 @@ async def test_what_does_not_compress_is_stored_as_it_is(store: PackedBlocks, in
     noise, text = await session.put(memoryview(a_block(rng, "noise"))), await session.put(memoryview(b"t" * BLOCK))
     await session.flush()
     places = await index.places(ids_of(noise.ids) + ids_of(text.ids))
-    assert [(place.flags, place.length) for place in places] == [(0, BLOCK), (1, text.new_bytes)]
-    assert noise.new_bytes == BLOCK
+    sealed = store.repository.sealed
+    expected = [(2, BLOCK + 28), (3, text.new_bytes)] if sealed else [(0, BLOCK), (1, text.new_bytes)]
+    assert [(place.flags, place.length) for place in places] == expected
+    assert noise.new_bytes == expected[0][1]
     assert text.new_bytes < 100
 
 

@@ -46,9 +46,9 @@ def objects(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
     return LocalObjects(tmp_path / "store") if request.param == "local" else MemoryObjects()
 
 
-@pytest.fixture
-def repository() -> Repository:
-    return Repository.new(BLOCK, "zstd:1")
+@pytest.fixture(params=["plain", "sealed"])
+def repository(request: pytest.FixtureRequest) -> Repository:
+    return Repository.new(BLOCK, "zstd:1", sealed=request.param == "sealed")
 
 
 @pytest.fixture

@@ -48,6 +48,8 @@ COMMANDS = {
     "store-check",
     "store-compact",
     "store-info",
+    "store-rebuild",
+    "store-rekey",
     "watch",
 }
 

@@ -63,7 +63,7 @@ def test_no_file_means_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ("[capture]\ncompression = 'lz4'", "x.toml: capture.compression: expected zstd:LEVEL", "lz4"),
         ("[store]\nurl = 's3://b/p'", "x.toml: store.url: expected s3://BUCKET/PREFIX", "s3://b/p"),
         ("[store]\nurl = 'file://host/p'", "x.toml: store.url: expected file:///absolute/path", "host"),
-        ("[store.encryption]\nkey_file = '/k'", "x.toml: store.encryption.key_file: an encrypted store", "/k"),
+        ("[store.encryption]\nkey_file = 'k'", "x.toml: store.encryption.key_file: an absolute path", "'k'"),
         ("[hypervisor.qmp.web01]\nagent = '/s'", "x.toml: hypervisor.qmp.web01.socket: Field required", "agent"),
         ("[hypervisor.qmp.web01]\nsocket = 's'", "x.toml: hypervisor.qmp.web01.socket: an absolute path", "'s'"),
         ("[hypervisor.qmp.web01]\nsocket = ''", "x.toml: hypervisor.qmp.web01.socket: a path is expected", "''"),

@@ -51,6 +51,7 @@ PURE = {
     "store.manifest",
     "store.pack",
     "store.repository",
+    "store.seal",
     "upkeep.plan",
 }
 """They decide, and touch nothing: no event loop, no file, no process (:data:`DOERS`)."""
