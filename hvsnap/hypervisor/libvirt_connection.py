@@ -74,6 +74,7 @@ class LibvirtConnection:
         self.uri = uri
         self._on_lifecycle = on_lifecycle
         self._connection: Any = None
+        self._opened = 0
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="hvsnap-libvirt")
         self._loop = asyncio.get_running_loop()
@@ -96,16 +97,19 @@ class LibvirtConnection:
     async def reconnect_loop(self, on_connected: Callable[[], None] | None = None) -> None:
         """Keep the connection up until cancelled, with growing pauses while libvirt is away."""
         pause_s = 0.5
-        up = False
+        told = 0
         while True:
             try:
                 alive = await self.call(lambda connection: bool(connection.isAlive()))
             except (HypervisorUnreachable, HypervisorFailed):
                 alive = False
-            if alive and not up and on_connected is not None:
-                on_connected()
+            # Any call connects anew, so after a short absence this loop never sees libvirt away: count the connections.
+            opened = self._opened
+            if alive and opened != told:
+                told = opened
+                if on_connected is not None:
+                    on_connected()
             pause_s = 2.0 if alive else min(RETRY_S_MAX, pause_s * 2)
-            up = alive
             await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))
 
     async def close(self) -> None:
@@ -139,6 +143,7 @@ class LibvirtConnection:
             if self._on_lifecycle is not None:
                 connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle, None)
             self._connection = connection
+            self._opened += 1
             return connection
 
     def _lifecycle(self, _connection: Any, domain: Any, event: int, detail: int, _opaque: Any) -> None:
