@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ import paho.mqtt.client as paho
 
 from tests.conftest import short_directory
 from tests.daemon_kit import Daemon
-from tests.guest.domain import DiskSpec, Guest, make_image
+from tests.guest.domain import DiskSpec, Guest, kvm_works, make_image
 from tests.guest.image import build
 from tests.guest.libvirtd import Libvirtd, wait_for
 from tests.mqtt.broker import Broker
@@ -142,44 +143,77 @@ class Demo:
     # -- the story --------------------------------------------------------------------------------
 
     def tell(self) -> None:
-        title("A guest that runs, and what protects it")
-        self.guest.run("mount /dev/vda /mnt")
-        self.hvsnap("list")
-
-        title("At rest: how fast the guest writes")
-        rest = self.latency(REST_S)
-        say(f"  4 KiB random writes, four at a time: {rest['iops']} a second, p99 {rest['p99'] / 1000:.1f} ms")
-
-        title("First snapshot: full, while the guest writes")
+        rest = self.at_rest()
         sums = [self.checksum()]
         during = self.snapshot_under_load("first")
-
         ids = [self.newest()]
         for generation, name in ((1, "second"), (2, "third")):
-            title(f"The guest changes some files; the {name} snapshot reads only what changed")
-            self.change_files(generation)
-            sums.append(self.checksum())
-            with self.writing():
-                self.hvsnap("snapshot-create", GUEST, "vda", "--name", name)
-            self.daemon.settled()
+            sums.append(self.snapshot_of_changes(generation, name))
             ids.append(self.newest())
+        self.the_chain(ids[1])
+        self.back_to(ids[0], sums[0])
+        self.beside(ids[2], sums[2])
+        self.what_was_told()
+        self.figures(rest, during)
 
-        title("The chain")
+    def at_rest(self) -> dict[str, int]:
+        title("A guest that runs, and what protects it: nothing yet")
+        self.guest.run("mount /dev/vda /mnt")
+        self.hvsnap("list")
+        title("How fast the guest writes at rest, so that there is something to compare with")
+        say("  vda holds its files, and a program writes some more all the time. vdb takes 4 KiB random writes,")
+        say("  four at a time; the guest itself measures how long each of them takes.")
+        with self.writing():
+            rest = self.latency(REST_S)
+        say(f"  {rest['iops']} writes a second, p99 {rest['p99'] / 1000:.1f} ms")
+        return rest
+
+    def snapshot_under_load(self, name: str) -> dict[str, int]:
+        """Make a snapshot of both disks while the guest writes, and measure the guest meanwhile."""
+        title("First snapshot: full, of both disks at the same instant, while the guest writes as before")
+        say("  Its file systems are frozen for some milliseconds, its writes go to overlays from then on, and the")
+        say("  frozen images are read by another process. Then the overlays are merged back.")
+        figures: dict[str, int] = {}
+        measuring = threading.Thread(target=lambda: figures.update(self.latency(REST_S)))
+        with self.writing():
+            measuring.start()
+            self.hvsnap("snapshot-create", GUEST, "--name", name, "--group")
+            measuring.join()
+        if not figures:
+            raise DemoFailed("the guest's latency could not be measured")
+        self.daemon.settled()
+        return figures
+
+    def snapshot_of_changes(self, generation: int, name: str) -> str:
+        """Change files, and make a snapshot while others are being written; returns the files' checksum."""
+        title(f"The guest changes some files; the {name} snapshot reads only what changed")
+        self.change_files(generation)
+        checksum = self.checksum()
+        with self.writing():
+            self.hvsnap("snapshot-create", GUEST, "vda", "--name", name)
+        self.daemon.settled()
+        return checksum
+
+    def the_chain(self, middle: str) -> None:
+        title("The chain: three snapshots, each block stored once")
         self.hvsnap("chain-info", f"{GUEST}/vda")
-        title("Any node can go, the others keep what they need")
-        self.hvsnap("snapshot-delete", ids[1], "--dry-run")
-        self.hvsnap("snapshot-delete", ids[1])
+        title("The second one goes: what the third still needs of it becomes the third's")
+        self.hvsnap("snapshot-delete", middle, "--dry-run")
+        self.hvsnap("snapshot-delete", middle)
         self.hvsnap("snapshot-list", GUEST, "vda")
 
-        title("Back to the first snapshot")
-        self.hvsnap("disk-rollback", f"{GUEST}/vda", ids[0], "--stop", "--start")
+    def back_to(self, snapshot: str, checksum: str) -> None:
+        title("Back to the first snapshot: the guest is shut down, what differs is written, the guest boots again")
+        say("  The state that is given up is kept, too: a safety snapshot is made first.")
+        self.hvsnap("disk-rollback", f"{GUEST}/vda", snapshot, "--stop", "--start")
         self.guest.reconnect()
         self.guest.run("mount /dev/vda /mnt")
-        expect(self.checksum() == sums[0], "the guest reads its files as they were at the first snapshot")
+        expect(self.checksum() == checksum, "the guest reads its files as they were at the first snapshot")
 
-        title("A new disk of the third snapshot, attached beside it")
+    def beside(self, snapshot: str, checksum: str) -> None:
+        title("And the third? A new disk is made of it, and attached beside the first")
         target = self.directory / "third.qcow2"
-        self.hvsnap("disk-create", ids[2], str(target))
+        self.hvsnap("disk-create", snapshot, str(target))
         shutil.chown(target, "libvirt-qemu", "libvirt-qemu")
         xml = (
             f"<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{target}'/>"
@@ -187,26 +221,13 @@ class Demo:
         )
         self.guest.domain().attachDevice(xml)
         self.guest.run("until [ -b /dev/vdc ]; do usleep 50000; done; mkdir -p /tmp/third && mount /dev/vdc /tmp/third")
-        expect(self.checksum("/tmp/third/files") == sums[2], "the guest reads on it what it had at the third snapshot")
-
-        self.summary(rest, during)
-
-    def snapshot_under_load(self, name: str) -> dict[str, int]:
-        """Make a snapshot of both disks while the guest writes, and measure the guest meanwhile."""
-        figures: dict[str, int] = {}
-        measuring = threading.Thread(target=lambda: figures.update(self.latency(REST_S)))
-        with self.writing():
-            measuring.start()
-            self.hvsnap("snapshot-create", GUEST, "--name", name, "--group")
-            measuring.join()
-        self.daemon.settled()
-        return figures
+        expect(self.checksum("/tmp/third/files") == checksum, "the guest reads on it what it had at the third snapshot")
 
     def newest(self) -> str:
         return str(self.ask("snapshot-list", GUEST, "vda")["snapshots"][0]["id"])
 
-    def summary(self, rest: dict[str, int], during: dict[str, int]) -> None:
-        title("What the broker was told")
+    def what_was_told(self) -> None:
+        title("What a broker was told meanwhile (mosquitto_sub -t 'hvsnap/#' sees it)")
         wait_for(lambda: any(e["type"] == "disk.created" for e in self.listener.events()), "the last event", 20)
         for event in self.listener.events():
             payload = event["payload"]
@@ -215,19 +236,23 @@ class Demo:
         sequences = [event["sequence"] for event in self.listener.events()]
         expect(sequences == sorted(set(sequences)), f"{len(sequences)} events, each once, in order")
 
+    def figures(self, rest: dict[str, int], during: dict[str, int]) -> None:
         title("Figures")
         first = self.ask("snapshot-list", GUEST, "vda")["snapshots"][-1]
         told = [body for topic, body in self.listener.messages if topic.endswith(f"{first['id']}/progress")]
-        rate = max((body.get("rate_bytes_s", 0) for body in told), default=0)
+        rate = told[-1].get("rate_bytes_s", 0) if told else 0
         amounts = [f"{first[key] >> 20} MiB" for key in ("read_bytes", "size_bytes", "stored_bytes")]
         at = f", at {rate / 2**20:.0f} MiB/s" if rate else ""
         say(f"  read {amounts[0]} of vda's {amounts[1]} for the first snapshot, stored {amounts[2]}{at}")
-        say(f"  the guest's random writes at rest:         {rest['iops']:>5} a second, p99 {rest['p99'] / 1000:.1f} ms")
-        say(
-            f"  during the first snapshot, under load too: {during['iops']:>5} a second, "
-            f"p99 {during['p99'] / 1000:.1f} ms"
-        )
-        say("  (on two shared processors without KVM; `make bench` compares more carefully)")
+        for name, figures in (("at rest", rest), ("while it was taken", during)):
+            say(
+                f"  the guest's random writes {name + ':':<20} {figures['iops']:>5} a second, "
+                f"p50 {figures['p50'] / 1000:.1f} ms, p99 {figures['p99'] / 1000:.1f} ms"
+            )
+        cores = os.cpu_count() or 1
+        if not kvm_works():
+            say(f"  (Without KVM the guest needs a processor of its own, and hvsnap compresses on all {cores};")
+            say("  `make bench` takes the two apart, and compares with other tools.)")
 
 
 def make_data_disk(directory: Path) -> Path:
@@ -242,8 +267,9 @@ def make_data_disk(directory: Path) -> Path:
             shutil.copyfile(path, source / path.name)
             size_bytes += path.stat().st_size
     raw, image = directory / "data.raw", directory / "data.qcow2"
-    mke2fs = ["mke2fs", "-q", "-t", "ext4", "-d", str(directory / "source"), str(raw), f"{DISK_BYTES >> 10}"]
-    subprocess.run(mke2fs, check=True)
+    with raw.open("wb") as out:
+        out.truncate(DISK_BYTES)
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", str(directory / "source"), str(raw)], check=True)
     subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(image)], check=True)
     raw.unlink()
     shutil.rmtree(directory / "source")
@@ -254,7 +280,7 @@ def run(stack: contextlib.ExitStack) -> None:
     directory = short_directory()
     stack.callback(shutil.rmtree, directory, ignore_errors=True)
     title("Setting the stage")
-    say(f"  everything lives in {directory}, and goes with the demo")
+    say(f"  everything lives in {directory}, and goes with the demo; what runs on this host is left alone")
     image = build()
     disks = [DiskSpec(make_data_disk(directory)), DiskSpec(make_image(directory / "scratch.qcow2", "256M"))]
     libvirtd = stack.enter_context(Libvirtd(directory / "libvirt"))
@@ -274,11 +300,20 @@ def run(stack: contextlib.ExitStack) -> None:
     Demo(directory, libvirtd, guest, daemon, listener).tell()
 
 
+def interrupt(*_signal: object) -> None:
+    """End the demo; cleaning up is not interrupted a second time."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     if os.geteuid() != 0:
         print("the demo starts a private libvirtd: run it as root, or `make demo`, which uses sudo", file=sys.stderr)
         return 1
     began = time.monotonic()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     try:
         with contextlib.ExitStack() as stack:
             run(stack)
