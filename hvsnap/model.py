@@ -92,6 +92,8 @@ class GuestView:
     """A guest as the hypervisor shows it at this moment.
 
     ``fleece``: its images must stay current while it runs, so that it is captured by fleece and not by redirecting.
+    ``instance`` names the QEMU process of a guest whose launcher knows nothing of overlays: another one is on the image
+    that it was always started from. None: the hypervisor itself keeps which image the guest is on.
     ``saved``: it is off, and its memory is kept in a file, which goes with its disks as they are now.
     """
 
@@ -102,6 +104,7 @@ class GuestView:
     disks: tuple[DiskView, ...]
     fleece: bool = False
     saved: bool = False
+    instance: str | None = None
 
     @property
     def active(self) -> bool:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from hvsnap.capture.facts import Mode, Step
 from hvsnap.capture.fleece import Fleece
 from hvsnap.capture.freeze import Freezer
-from hvsnap.capture.merge import OPEN_MARKER
 from hvsnap.capture.pipeline import Totals
+from hvsnap.capture.pivot import OPEN_MARKER
 from hvsnap.capture.record import DiskPlan, Recorder
 from hvsnap.capture.space import SpaceLimits, check, watch
 from hvsnap.catalog.catalog import Catalog

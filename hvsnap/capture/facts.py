@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -57,13 +57,15 @@ class CapturedDisk:
 class CaptureFacts:
     """An open capture of one or several disks of a guest.
 
-    ``pivoting`` names targets whose pivot was asked for. ``freezing``: the guest's agent may have been asked to freeze.
+    ``pivoting`` names targets whose pivot was asked for, ``asked`` which QEMU (``GuestView.instance``) each one.
+    ``freezing``: the guest's agent may have been asked to freeze.
     """
 
     mode: Mode
     disks: tuple[CapturedDisk, ...]
     pivoting: tuple[str, ...] = ()
     freezing: bool = False
+    asked: dict[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Return the facts as the journal stores them."""
@@ -75,6 +77,7 @@ class CaptureFacts:
         raw: dict[str, Any] = operation.facts
         try:
             disks = tuple(CapturedDisk(**disk) for disk in raw["disks"])
-            return cls(Mode(raw["mode"]), disks, tuple(raw.get("pivoting", ())), bool(raw.get("freezing")))
+            rest = tuple(raw.get("pivoting", ())), bool(raw.get("freezing")), dict(raw.get("asked", {}))
+            return cls(Mode(raw["mode"]), disks, *rest)
         except (KeyError, TypeError, ValueError) as error:
             raise CatalogFailed(f"the journal's entry {operation.id} cannot be read: {error}") from error

@@ -10,15 +10,11 @@ import asyncio
 from enum import Enum, auto
 
 from hvsnap.capture.facts import CapturedDisk
+from hvsnap.capture.pivot import pivot_proved
 from hvsnap.errors import Busy, ForeignJob, GuestUnknown, HypervisorFailed
 from hvsnap.hypervisor import images
 from hvsnap.model import DiskView, GuestUuid, GuestView
 from hvsnap.ports import Hypervisor, JobView
-
-OPEN_MARKER = "hvsnap-open"
-"""A disabled bitmap in every overlay. QEMU marks it in use while the overlay is open for writing, and clears that
-when it closes it: so a clean marker after a crash in which the pivot had been asked for shows that the pivot
-happened."""
 
 POLL_S_FIRST = 0.02
 POLL_S_MAX = 0.5
@@ -87,20 +83,6 @@ def next_action(
     return Action.PIVOT if job.ready else Action.WAIT
 
 
-async def pivot_happened(disk: CapturedDisk) -> bool:
-    """Whether an overlay whose pivot was asked for was left behind by it, now that the guest is off or elsewhere.
-
-    A guest that is shut down cleanly before its pivot closes the overlay in good order, too; but it closes the image
-    below likewise, while a guest that dies after the pivot leaves the image's bitmaps in use.
-    """
-    overlay = await images.image_info(disk.overlay, "qcow2")
-    marker = overlay.bitmap(OPEN_MARKER)
-    if marker is None or marker.inconsistent:
-        return False
-    base = await images.image_info(disk.base, disk.base_format)
-    return any(bitmap.inconsistent for bitmap in base.bitmaps)
-
-
 class Merge:
     """Brings disks back from their overlays, online or offline, whichever the guest's state asks for."""
 
@@ -114,8 +96,8 @@ class Merge:
         except GuestUnknown:
             return None
 
-    async def decide(self, uuid: GuestUuid, disk: CapturedDisk, *, pivot_asked: bool) -> Action:
-        """Look at the guest, the files and the jobs, and decide."""
+    async def decide(self, uuid: GuestUuid, disk: CapturedDisk, *, pivot_asked: bool, asked: str = "") -> Action:
+        """Look at the guest, the files and the jobs, and decide; ``asked`` names the QEMU that was asked to pivot."""
         guest = await self.look(uuid)
         exists = await asyncio.to_thread(images.exists, disk.overlay)
         found = attached(guest, disk.overlay)
@@ -126,8 +108,7 @@ class Merge:
         if exists and (found is None or guest is None or not guest.active):
             attached_to_base = guest is not None and found is None and attached(guest, disk.base) is not None
             if pivot_asked:
-                # Off the overlay and onto the base, by libvirt's own word: then the pivot is done.
-                pivoted = attached_to_base or await pivot_happened(disk)
+                pivoted = await pivot_proved(disk, guest, asked, on_base=attached_to_base)
             empty = found is None and not pivoted and await images.is_empty(disk.overlay)
         return next_action(guest, disk, job, exists=exists, empty=empty, pivoted=pivoted)
 

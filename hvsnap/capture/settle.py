@@ -21,7 +21,7 @@ from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import Busy, Failed, HvsnapError, HypervisorUnreachable, NotFound
 from hvsnap.happenings import EventType, snapshot_payload
 from hvsnap.hypervisor import images
-from hvsnap.model import GuestUuid, Operation, OperationId, State
+from hvsnap.model import GuestUuid, Operation, State
 from hvsnap.ports import Hypervisor
 
 log = logging.getLogger(__name__)
@@ -111,13 +111,17 @@ class Settle:
         pause_s = POLL_S_FIRST
         errors = 0
         while True:
-            pivot_asked = disk.target in CaptureFacts.of(await self._catalog.operation(operation.id)).pivoting
+            facts = CaptureFacts.of(await self._catalog.operation(operation.id))
+            pivot_asked, asked = disk.target in facts.pivoting, facts.asked.get(disk.target, "")
             try:
-                action = await self._merge.decide(operation.guest_uuid, disk, pivot_asked=pivot_asked)
+                action = await self._merge.decide(operation.guest_uuid, disk, pivot_asked=pivot_asked, asked=asked)
                 if action is Action.DONE:
                     return
                 if action is Action.PIVOT and not pivot_asked:
-                    await self._note_pivot(operation.id, disk)
+                    await self._note_pivot(operation, disk)
+                elif action is Action.COMMIT_OFFLINE and pivot_asked:
+                    # It did not happen, and the merge will write to the image: nothing of that may pass for a pivot.
+                    await self._note_no_pivot(operation, disk)
                 await self._merge.act(action, operation.guest_uuid, disk)
             except (Busy, HypervisorUnreachable):
                 raise
@@ -133,11 +137,25 @@ class Settle:
                 await asyncio.sleep(pause_s)
                 pause_s = min(POLL_S_MAX, pause_s * 1.5)
 
-    async def _note_pivot(self, operation_id: OperationId, disk: CapturedDisk) -> None:
-        """Write down that a pivot is about to be asked for."""
-        facts = CaptureFacts.of(await self._catalog.operation(operation_id))
+    async def _note_pivot(self, operation: Operation, disk: CapturedDisk) -> None:
+        """Write down that a pivot is about to be asked for, and of which QEMU."""
+        guest = await self._merge.look(operation.guest_uuid)
+        asked = "" if guest is None or guest.instance is None else guest.instance
+        facts = CaptureFacts.of(await self._catalog.operation(operation.id))
         async with self._catalog.write() as tx:
-            await tx.step(operation_id, Step.SETTLING, pivoting=[*facts.pivoting, disk.target])
+            await tx.step(
+                operation.id,
+                Step.SETTLING,
+                pivoting=[*facts.pivoting, disk.target],
+                asked={**facts.asked, disk.target: asked},
+            )
+
+    async def _note_no_pivot(self, operation: Operation, disk: CapturedDisk) -> None:
+        """Cross out a pivot that was asked for."""
+        facts = CaptureFacts.of(await self._catalog.operation(operation.id))
+        async with self._catalog.write() as tx:
+            left = [target for target in facts.pivoting if target != disk.target]
+            await tx.step(operation.id, Step.SETTLING, pivoting=left)
 
     async def _retire(self, uuid: GuestUuid, disk: CapturedDisk, name: str | None) -> None:
         """Remove a bitmap from the image, through QEMU or from outside, whichever has it open."""

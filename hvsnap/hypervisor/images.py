@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,3 +173,18 @@ async def is_empty(path: str) -> bool:
     """Whether nothing was ever written into a qcow2 overlay: no cluster of its own is allocated."""
     out = await run("qemu-img", "map", "-U", "--output=json", "-f", "qcow2", path)
     return not any(extent["depth"] == 0 and extent.get("present", True) for extent in json.loads(out))
+
+
+def written_at(path: str) -> float | None:
+    """Return when a file was last written to; None for a block device, of which nobody keeps that. Blocking."""
+    seen = os.stat(path)
+    return None if stat.S_ISBLK(seen.st_mode) else seen.st_mtime
+
+
+async def same_content(path: str, image_format: str, overlay: str) -> bool:
+    """Whether an image and a qcow2 overlay over it read the same; nobody may be writing to either."""
+    try:
+        await run("qemu-img", "compare", "-U", "-q", "-f", image_format, "-F", "qcow2", path, overlay)
+    except HypervisorFailed:
+        return False
+    return True

@@ -30,7 +30,7 @@ from hvsnap.hypervisor.qmp_fleece import QmpFleecer
 from hvsnap.hypervisor.qmp_look import QmpLook
 from hvsnap.hypervisor.qmp_memory import Seen, disks_while_off, identity, with_layers
 from hvsnap.hypervisor.qmp_redirect import QmpRedirect
-from hvsnap.model import Bitmap, GuestState, GuestUuid, GuestView, Layer
+from hvsnap.model import Bitmap, DiskView, GuestState, GuestUuid, GuestView, Layer
 from hvsnap.ports import Census, Fleecer, GuestMemory, JobView
 
 log = logging.getLogger(__name__)
@@ -72,12 +72,7 @@ class QmpHypervisor:
 
     async def run(self) -> None:
         """Keep the connection up, until cancelled: events tell of changes at once."""
-        await self._connection.keep_up(self._tidy)
-
-    async def _tidy(self) -> None:
-        """Let go of what an interrupted switch left in QEMU."""
-        async with self._changing:
-            await self._redirect.release()
+        await self._connection.keep_up()
 
     async def close(self) -> None:
         """Close the connection."""
@@ -129,7 +124,7 @@ class QmpHypervisor:
             disks = disks_while_off(seen, self._guest.disks)
             if seen is None and disks:
                 await self._remember(Seen(uuid, disks))  # what is captured now is this guest's when it is started
-            return GuestView(uuid, self.name, GuestState.OFF, True, disks, self._guest.fleece)
+            return self._shown(uuid, GuestState.OFF, disks, instance="")
         uuid = identity(shown, seen, self._host_id, self.name)
         state = qmp_view.guest_state(status["status"], running=status["running"])
         if not self._switching:
@@ -137,7 +132,12 @@ class QmpHypervisor:
                 await self._remember(Seen(uuid, disks))
             except (CatalogFailed, NoSpace) as error:
                 log.warning("what guest %s looks like cannot be remembered: %s", self.name, error.message)
-        return GuestView(uuid, self.name, state, True, disks, self._guest.fleece)
+        return self._shown(uuid, state, disks, instance=self._connection.instance)
+
+    def _shown(self, uuid: GuestUuid, state: GuestState, disks: tuple[DiskView, ...], *, instance: str) -> GuestView:
+        return GuestView(
+            uuid, self.name, state, persistent=True, disks=disks, fleece=self._guest.fleece, instance=instance
+        )
 
     async def _recalled(self) -> Seen | None:
         if self._seen is None:

@@ -14,7 +14,7 @@ import random
 import socket
 import struct
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError, Runstate
@@ -71,6 +71,9 @@ class QmpConnection:
 
         self.directory = ""
         """QEMU's own directory, where relative paths of images start; empty where it cannot be told."""
+
+        self.instance = ""
+        """Names QEMU's process: its number, and when it began; empty where it cannot be told."""
 
     @property
     def up(self) -> bool:
@@ -137,16 +140,12 @@ class QmpConnection:
         except (QMPError, OSError) as error:
             raise self._gone("getfd") from error
 
-    async def keep_up(self, on_up: Callable[[], Awaitable[None]]) -> None:
-        """Keep the connection up until cancelled, with growing pauses while the guest is off or does not answer.
-
-        ``on_up`` is called with every new connection.
-        """
+    async def keep_up(self) -> None:
+        """Keep the connection up until cancelled, with growing pauses while the guest is off or does not answer."""
         pause_s = RETRY_S_FIRST
         while True:
             try:
                 await self.connect()
-                await on_up()
             except (HypervisorFailed, HypervisorUnreachable):
                 await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))
                 pause_s = min(RETRY_S_MAX, pause_s * 2)
@@ -171,10 +170,7 @@ class QmpConnection:
         except BaseException:
             reached.close()
             raise
-        try:
-            self.directory = os.readlink(f"/proc/{_PEER.unpack(peer)[0]}/cwd")
-        except OSError:  # it was started in the background, by a process that is gone
-            self.directory = ""
+        self.directory, self.instance = _process(_PEER.unpack(peer)[0])
         return reached
 
     async def _watch(self, client: QMPClient) -> None:
@@ -226,3 +222,13 @@ class QmpConnection:
 
     def _gone(self, command: str) -> ConnectionLost:
         return ConnectionLost(f"the QEMU of guest {self.guest} was lost at {command}", hint="is it still running?")
+
+
+def _process(pid: int) -> tuple[str, str]:
+    """Return a process's directory and its name for ever; empty for one that is gone, or in another namespace."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            began = file.read().rpartition(b")")[2].split()[19]  # proc(5): starttime, in ticks since the boot
+        return os.readlink(f"/proc/{pid}/cwd"), f"{pid}.{began.decode()}"
+    except (OSError, IndexError):
+        return "", ""

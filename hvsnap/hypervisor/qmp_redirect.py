@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import time
 from typing import Any
@@ -12,14 +11,13 @@ from hvsnap.errors import HypervisorFailed, HypervisorUnreachable, Refused
 from hvsnap.hypervisor.qemu_nodes import OURS, Graph
 from hvsnap.hypervisor.qmp_connection import QmpConnection
 from hvsnap.hypervisor.qmp_look import QmpLook
-from hvsnap.hypervisor.qmp_view import Attachment, find
+from hvsnap.hypervisor.qmp_view import find
 from hvsnap.ports import JobView
 
 PIVOT_S = 60.0
 """A pivot drains the disk and writes the overlay's last requests to the image; then the job is gone."""
 
 POLL_S = 0.02
-RELEASE_S = 5.0
 _OVERLAY, _COMMIT = f"{OURS}o-", f"{OURS}c-"
 
 
@@ -47,40 +45,28 @@ class QmpRedirect:
             self._failed[job] = str(data["error"])
 
     async def switch(self, overlays: dict[str, str]) -> None:
-        """Redirect the writes of all targets to their overlays at one instant, or of none."""
-        await self.release()
+        """Redirect the writes of all targets to their overlays at one instant, or of none.
+
+        The overlays' nodes are QEMU's own (``blockdev-snapshot-sync``), not ours (``blockdev-add``): so QEMU closes an
+        overlay by itself as soon as nobody is on it, at the pivot above all, and the mark of that in the overlay is
+        right whether the daemon lives or not.
+        """
         attached = await self._look.attachments()
-        nodes = {node["node-name"]: node for node in await self._look.nodes()}
-        try:
-            actions = []
-            for target, overlay in overlays.items():
-                disk = find(attached, target)
-                if disk.root != disk.format_node:
-                    hint = "take the filter away, or capture the guest by fleece (its `capture` in the configuration)"
-                    raise Refused(f"a filter ({disk.root}) lies above the image of disk {target}", hint=hint)
-                name = overlay_node(overlay)
-                options = _overlay_options(name, overlay, nodes[disk.format_node])
-                await self._connection.execute("blockdev-add", **options)
-                data = {"node": disk.format_node, "overlay": name}
-                actions.append({"type": "blockdev-snapshot", "data": data})
-            await self._connection.execute("transaction", actions=actions)
-        except BaseException:
-            # What the transaction took is in use, and stays; the rest of the nodes is let go.
-            await asyncio.shield(self._release_quietly())
-            raise
-
-    async def release(self) -> None:
-        """Let go of overlays that no disk is on: those of a switch that did not happen, and of a pivot that did."""
-        graph = Graph(await self._look.graph())
-        for node in await self._look.nodes():
-            name = node["node-name"]
-            if name.startswith(_OVERLAY) and not graph.used(name):
-                await self._connection.execute("blockdev-del", **{"node-name": name})
-
-    async def _release_quietly(self) -> None:
-        if self._connection.up:
-            with contextlib.suppress(HypervisorFailed, HypervisorUnreachable):
-                await self.release()
+        actions = []
+        for target, overlay in overlays.items():
+            disk = find(attached, target)
+            if disk.root != disk.format_node:
+                hint = "take the filter away, or capture the guest by fleece (its `capture` in the configuration)"
+                raise Refused(f"a filter ({disk.root}) lies above the image of disk {target}", hint=hint)
+            data = {
+                "node-name": disk.format_node,
+                "snapshot-file": overlay,
+                "snapshot-node-name": overlay_node(overlay),
+                "format": "qcow2",
+                "mode": "existing",
+            }
+            actions.append({"type": "blockdev-snapshot-sync", "data": data})
+        await self._connection.execute("transaction", actions=actions)
 
     async def job(self, target: str) -> JobView | None:
         """Return the block job on a disk, anybody's; a commit of ours that failed is raised, once."""
@@ -110,7 +96,7 @@ class QmpRedirect:
         await self._connection.execute("block-commit", **arguments)
 
     async def commit_pivot(self, target: str) -> None:
-        """Finish a ready commit, and return when the guest writes to the base and the overlay is let go."""
+        """Finish a ready commit, and return when the guest writes to the base; QEMU has closed the overlay then."""
         disk = await self._look.attachment(target)
         job = _commit_job(disk.view.top.path)
         await self._connection.execute("job-complete", id=job)
@@ -119,38 +105,10 @@ class QmpRedirect:
             if time.monotonic() > deadline:
                 raise HypervisorUnreachable(f"the pivot of disk {target} did not end within {PIVOT_S:.0f} s")
             await asyncio.sleep(POLL_S)
-        await self._let_go(disk)
-
-    async def _let_go(self, disk: Attachment) -> None:
-        """Let go of an overlay that was merged; raises when the disk is still on it."""
-        overlay = disk.format_node
-        deadline = time.monotonic() + RELEASE_S
-        while True:
-            if overlay not in [node["node-name"] for node in await self._look.nodes()]:
-                return
-            if (await self._look.attachment(disk.view.target)).format_node == overlay:
-                why = self._failed.pop(_commit_job(disk.view.top.path), "QEMU does not say why")
-                raise HypervisorFailed(f"disk {disk.view.target} is still on its overlay: {why}")
-            await self.release()
-            if time.monotonic() > deadline:
-                raise HypervisorFailed(f"QEMU does not let go of {disk.view.top.path}")
-            await asyncio.sleep(POLL_S)
+        if (await self._look.attachment(target)).format_node == disk.format_node:
+            why = self._failed.pop(job, "QEMU does not say why")
+            raise HypervisorFailed(f"disk {target} is still on its overlay: {why}")
 
 
 def _commit_job(overlay: str) -> str:
     return f"{_COMMIT}{_key(overlay)}"
-
-
-def _overlay_options(name: str, path: str, base: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of an overlay's node: cached as the image is, its discards passed on as its are."""
-    cache = {key: bool(base.get("cache", {}).get(key, False)) for key in ("direct", "no-flush")}
-    return {
-        "driver": "qcow2",
-        "node-name": name,
-        "read-only": False,
-        "discard": "unmap",
-        "detect-zeroes": base.get("detect_zeroes", "off"),
-        "cache": cache,
-        "backing": None,
-        "file": {"driver": "file", "filename": path, "discard": "unmap", "cache": cache},
-    }

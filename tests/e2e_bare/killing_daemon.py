@@ -1,8 +1,8 @@
 """A daemon that kills itself, or a guest's QEMU, at one of the acts of a capture: ``python -m … CONFIG``.
 
 Acts are counted while the file ``KILL_DIR/armed`` exists: before and after each command that changes something in QEMU,
-and after each commit of the catalog. The file names the act (0: none) and the process (0: this one) that gets SIGKILL.
-What was counted is in ``KILL_DIR/acts``, a line each.
+and after each commit of the catalog. The file names the act (by its number or name; 0: none) and the process (0: this
+one) that gets SIGKILL. What was counted is in ``KILL_DIR/acts``, a line each.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ ASKING = ("query-", "qom-get", "x-debug-")
 
 def act(what: str) -> None:
     try:
-        at, victim = map(int, (PLACE / "armed").read_text().split())
+        at, victim = (PLACE / "armed").read_text().splitlines()
     except FileNotFoundError:
         return
     with (PLACE / "acts").open("a+") as file:
         file.write(f"{what}\n")
         file.seek(0)
         counted = len(file.readlines())
-    if counted == at:
+    if at in (str(counted), what):
         (PLACE / "armed").unlink()
-        os.kill(victim or os.getpid(), signal.SIGKILL)
+        os.kill(int(victim) or os.getpid(), signal.SIGKILL)
 
 
 def install() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -17,6 +18,7 @@ import pytest
 from hvsnap import wire
 from hvsnap.errors import DaemonUnreachable
 from tests.e2e.oracle import Bytes, check_same
+from tests.e2e.rig import TestDisk
 from tests.e2e_bare.rig import QUICK, BareRig, DoctoredDaemon, a_disk, table
 from tests.guest.bare import BareGuest
 from tests.guest.libvirtd import wait_for
@@ -36,10 +38,10 @@ class KillingDaemon(DoctoredDaemon):
         return self
 
     @contextlib.contextmanager
-    def armed(self, at: int = 0, victim: int = 0) -> Iterator[None]:
+    def armed(self, at: int | str = 0, victim: int = 0) -> Iterator[None]:
         """Count acts, and kill at one of them."""
         (self.directory / "acts").unlink(missing_ok=True)
-        (self.directory / "armed").write_text(f"{at} {victim}")
+        (self.directory / "armed").write_text(f"{at}\n{victim}\n")
         try:
             yield
         finally:
@@ -157,3 +159,55 @@ def test_a_kill_at_any_act_of_a_capture_loses_nothing(
     for at in acts:
         act = kills.kill(at, qemu=victim == "qemu")
         print(f"act {at}: {act}")
+
+
+# -- a pivot that nobody saw the end of -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["kill", "quit"])
+@pytest.mark.parametrize("moment", ["before job-complete", "after job-complete"])
+def test_a_guest_that_went_on_without_the_daemon_at_its_pivot_loses_nothing(
+    make_kills: Callable[..., Kills], moment: str, end: str
+) -> None:
+    """The daemon dies at the pivot and stays away; the guest goes on, on its overlay or its image, and ends.
+
+    Which of the two is newer must be told by the files alone; and where it cannot be, nobody guesses.
+    """
+    kills = make_kills("redirect", Random(f"{moment} {end}"))
+    rig, daemon, guest = kills.rig, kills.daemon, kills.guest
+    kills.write()
+    with daemon.armed(moment):
+        daemon.begin(guest.name, group=True, consistency="crash")
+        wait_for(lambda: not daemon.alive(), "the daemon's end")
+    kills.write()  # to overlays, or to the image of the disk whose pivot was asked for
+    pivoted = [overlay for disk in rig.disks for overlay in overlays(disk) if str(overlay) not in rig.sources()]
+    assert len(pivoted) == (moment == "after job-complete")
+    for overlay in pivoted:
+        seen = overlay.stat()
+        os.utime(overlay, (seen.st_atime, seen.st_mtime - 3600))  # the guest went on for an hour
+    getattr(guest, end)()
+    daemon.start()
+    if daemon.status().open_operations:
+        with daemon.client() as client:
+            (left,) = client.post("/recover", wire.Recovery).operations
+        assert "it cannot be told" in left.detail, left.detail
+        assert (moment, end) == ("before job-complete", "quit")  # both files were closed in good order, at one time
+        for disk in rig.disks:
+            for overlay in overlays(disk):
+                commit = ["qemu-img", "commit", "-q", "-b", str(disk.spec.path), str(overlay)]
+                subprocess.run(commit, check=True)
+                overlay.unlink()
+        with daemon.client() as client:
+            client.post("/recover", wire.Recovery)
+    daemon.settled()
+    assert rig.left_behind() == []
+    for disk in rig.disks:
+        rig.check_disk(disk, f"{moment}, {end}")
+    guest.start()
+    rig.capture(rig.disks, group=True)
+    for disk in rig.disks:
+        rig.check_snapshots(disk)
+
+
+def overlays(disk: TestDisk) -> list[Path]:
+    return list(disk.spec.path.parent.glob(f"{disk.spec.path.name}.*.overlay"))
