@@ -40,7 +40,7 @@ def plan(
     """Return what is to be done.
 
     ``before`` and ``now`` are the states of the accomplished snapshots' manifests before and after the objects were
-    ``listed``; ``rows`` are all snapshots as of ``now``. A manifest that was not listed is missing only if its
+    ``listed``; ``rows`` are all snapshots in between the latter two. A manifest that was not listed is missing only if its
     snapshot was accomplished before.
     """
     there = {(name.snapshot, name.revision) for name in listed}
@@ -83,8 +83,11 @@ async def make_plan(catalog: Catalog, store: PackedBlocks) -> ManifestPlan:
     before = await catalog.upkeep.manifests()
     listed = [name async for name in store.manifests.all()]
     check_not_ahead(listed, await catalog.sequences())
+    # In this order: what is deleted between the two looks is still among the rows, so its manifest stays, and its
+    # children's changes are seen. The other way round its manifest would go before theirs are written.
+    rows = await catalog.snapshots()
     now = await catalog.upkeep.manifests()
-    return plan(before, listed, now, await catalog.snapshots())
+    return plan(before, listed, now, rows)
 
 
 async def reconcile(catalog: Catalog, store: PackedBlocks) -> tuple[int, bool]:

@@ -14,6 +14,7 @@ import pytest
 
 from hvsnap.errors import Damaged
 from hvsnap.store.intake import Intake
+from hvsnap.upkeep import manifests
 from hvsnap.upkeep.sweep import Sweeper
 from tests.store_kit import a_block, seeded
 from tests.upkeep_kit import Disks, House, PunchedObjects, Taking, a_house, live_bytes, referred_bytes, restored
@@ -149,6 +150,38 @@ async def test_snapshots_deleted_in_a_sweep_are_swept_by_the_next(house: House, 
         await disks.check(house)
 
     await sweep(house, At(step, delete))
+    await exact(house, disks)
+
+
+@pytest.mark.parametrize("look", range(6))
+async def test_a_deletion_between_two_looks_at_the_manifests_loses_nothing(
+    house: House, disks: Disks, monkeypatch: pytest.MonkeyPatch, look: int
+) -> None:
+    """What is deleted then has a child whose manifest must be written before its own is removed."""
+    for _ in range(2):
+        disks.write("vda", 1, a_block(seeded(), "noise"))
+        await disks.take(house, "vda")
+    doomed = list(disks.expected)[-2]
+    looks = 0
+
+    def counting(inner: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[object]]:
+        async def counted(*args: object) -> object:
+            nonlocal looks
+            result = await inner(*args)
+            looks += 1
+            if looks == look + 1:
+                await disks.delete(house, doomed)
+            return result
+
+        return counted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(house.catalog, "snapshots", counting(house.catalog.snapshots))
+        patch.setattr(house.catalog.upkeep, "manifests", counting(house.catalog.upkeep.manifests))
+        await manifests.reconcile(house.catalog, house.store)
+    if doomed in disks.expected:
+        await disks.delete(house, doomed)
+    await disks.check(house)
     await exact(house, disks)
 
 
