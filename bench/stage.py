@@ -85,3 +85,11 @@ def settle_disk() -> None:
 def tree_bytes(path: Path) -> int:
     """Return the bytes of all files below a directory."""
     return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
+
+
+def memory_bytes(pid: int, key: str) -> int:
+    """Return a figure of /proc/PID/status: ``VmRSS`` (memory now) or ``VmHWM`` (the most there ever was)."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"process {pid} shows no {key}")
