@@ -40,8 +40,8 @@ def plan(
     """Return what is to be done.
 
     ``before`` and ``now`` are the states of the accomplished snapshots' manifests before and after the objects were
-    ``listed``; ``rows`` are all snapshots in between the latter two. A manifest that was not listed is missing only if its
-    snapshot was accomplished before.
+    ``listed``; ``rows`` are all snapshots between the listing and ``now``. A manifest that was not listed is missing
+    only if its snapshot was accomplished before.
     """
     there = {(name.snapshot, name.revision) for name in listed}
     states = {row.id: row.state for row in rows}
