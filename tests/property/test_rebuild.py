@@ -46,7 +46,9 @@ async def lived(directory: Path, sequence: list[Step]) -> History:
 
 async def rebuilt(directory: Path, history: History) -> tuple[House, Rebuilt]:
     house = await House.open(directory / "new", history.objects)
-    return house, await Rebuild(house.catalog, house.store, house.clock).run()
+    found = await Rebuild(house.catalog, house.store, house.clock).run()
+    await house.restart(directory / "new")  # as the daemon opens it: the store asks for its first new id then
+    return house, found
 
 
 def rows(snapshots: list[Snapshot]) -> dict[SnapshotId, tuple[object, ...]]:
