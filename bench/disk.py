@@ -34,7 +34,8 @@ class BenchDisk:
     data_bytes: int
 
 
-def _cache() -> Path:
+def cache() -> Path:
+    """Return where what takes long to make is kept."""
     default = Path(__file__).parent.parent / ".cache" / "bench"
     return Path(os.environ.get("HVSNAP_BENCH_CACHE", default))
 
@@ -42,7 +43,7 @@ def _cache() -> Path:
 def build(size_bytes: int, wanted_bytes: int) -> BenchDisk:
     """Return the disk of ``wanted_bytes`` of files, building it if the cache has none."""
     key = hashlib.sha256(f"{RECIPE} {size_bytes} {wanted_bytes}".encode()).hexdigest()[:12]
-    final = _cache() / key
+    final = cache() / key
     if not final.exists():
         final.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=final.parent, prefix="build-") as work:

@@ -1,26 +1,34 @@
-"""What a guest feels: 4 KiB random writes, four at a time, at rest and while a snapshot or backup is open."""
+"""What a guest feels: 4 KiB random writes, four at a time, at rest and while a snapshot or backup is open or copied.
+
+*Open* is the mechanism alone: an instant is held and nobody reads it. *Copied* is all of it, one incremental after
+another without a pause, the daemon, its compression and the program that reads included: where the guest has no
+KVM, it shares the host's processors with them.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import shutil
+import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench.disk import cache
+from bench.peers import Virtnbdbackup
+from bench.stage import Stage, run, stage
 from hvsnap.hypervisor import images
 from hvsnap.hypervisor.libvirt import LibvirtHypervisor
 from hvsnap.model import GuestUuid
-from tests.conftest import short_directory
-from tests.guest.domain import DiskSpec, Guest, make_image
-from tests.guest.image import build as build_guest
-from tests.guest.libvirtd import Libvirtd
+from tests.guest.domain import Guest
 
-DISK = "1G"
+DISK_MIB = 1024
 POLL_S = 0.02
 
 Sample = tuple[int, int]
@@ -36,18 +44,11 @@ class Impact:
         self.ratios: dict[str, list[tuple[float, float]]] = {}
 
     def rounds(self, count: int) -> None:
-        """Run rounds: rest, redirect, rest, pull backup."""
-        directory = short_directory()
-        with contextlib.ExitStack() as stack:
-            stack.callback(shutil.rmtree, directory, ignore_errors=True)
-            libvirtd = stack.enter_context(Libvirtd(directory / "libvirt"))
-            disk = make_image(directory / "disk.qcow2", DISK)
-            guest = Guest(libvirtd, directory, "impact", [DiskSpec(disk)], build_guest()).define().start()
-            stack.callback(guest.destroy)
-            # Every block is there before anything is measured: the first write to a cluster is another thing.
-            guest.run("dd if=/dev/urandom of=/dev/vda bs=1M count=1024 2>/dev/null; sync", timeout_s=600)
-            self._measure(guest)
-            asyncio.run(self._rounds(libvirtd, guest, disk, count))
+        """Run rounds of pairs: the guest at rest, and the same guest with something open right after."""
+        # Every block is there before anything is measured: the first write to a cluster is another thing.
+        with stage(full_disk()) as one:
+            self._measure(one.guest)
+            asyncio.run(self._rounds(one, count))
 
     def summary(self) -> dict[str, tuple[float, float]]:
         """Return for each way the median share of the IOPS at rest, and how many times the p99."""
@@ -55,13 +56,16 @@ class Impact:
             name: (median(r[0] for r in ratios), median(r[1] for r in ratios)) for name, ratios in self.ratios.items()
         }
 
-    async def _rounds(self, libvirtd: Libvirtd, guest: Guest, disk: Path, count: int) -> None:
-        hypervisor = LibvirtHypervisor(libvirtd.uri)
+    async def _rounds(self, one: Stage, count: int) -> None:
+        hypervisor = LibvirtHypervisor(one.libvirtd.uri)
+        guest = one.guest
         try:
             for number in range(count):
                 self._say(f"round {number + 1} of {count}")
-                await self._compare("redirect", guest, self._redirected(hypervisor, guest, disk))
-                await self._compare("libvirt pull backup", guest, self._pulled(guest, disk))
+                await self._compare("redirect", guest, self._redirected(hypervisor, guest, one.disk))
+                await self._compare("libvirt pull backup", guest, self._pulled(guest, one.disk))
+                await self._compare("hvsnap, copying", guest, self._hvsnap(one))
+                await self._compare("virtnbdbackup, copying", guest, self._virtnbdbackup(one))
         finally:
             await hypervisor.close()
 
@@ -109,6 +113,40 @@ class Impact:
         finally:
             await asyncio.to_thread(_end_backup, domain)
 
+    @contextlib.asynccontextmanager
+    async def _hvsnap(self, one: Stage) -> AsyncIterator[None]:
+        """Take incremental snapshots all the time."""
+        await asyncio.to_thread(one.daemon.snapshot, one.guest.name)
+        async with again_and_again(lambda: one.daemon.snapshot(one.guest.name)):
+            yield
+
+    @contextlib.asynccontextmanager
+    async def _virtnbdbackup(self, one: Stage) -> AsyncIterator[None]:
+        """Take incremental backups all the time."""
+        backup, out = Virtnbdbackup(one), one.directory / "vnb"
+        await asyncio.to_thread(backup, "full", out)
+        async with again_and_again(lambda: backup("inc", out)):
+            yield
+        await asyncio.to_thread(backup.clear)
+        await asyncio.to_thread(shutil.rmtree, out)
+
+
+@contextlib.asynccontextmanager
+async def again_and_again(work: Callable[[], object]) -> AsyncIterator[None]:
+    """Do something over and over in a thread for as long as the context lasts; its errors are raised at the end."""
+    enough = threading.Event()
+
+    def loop() -> None:
+        while not enough.is_set():
+            work()
+
+    task = asyncio.create_task(asyncio.to_thread(loop), name="again and again")
+    try:
+        yield
+    finally:
+        enough.set()
+        await task
+
 
 def _begin_backup(domain: Any, directory: Path) -> None:
     """Begin a backup job in a directory that QEMU's user may write."""
@@ -127,3 +165,18 @@ def _end_backup(domain: Any) -> None:
     domain.abortJob()
     while domain.jobInfo()[0]:
         time.sleep(POLL_S)
+
+
+def full_disk() -> Path:
+    """Return an image of bytes that nothing compresses, every cluster allocated; made once and kept."""
+    path = cache() / "full.qcow2"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as work:
+            raw, made = Path(work) / "raw", Path(work) / "made"
+            with raw.open("wb") as out:
+                for _ in range(DISK_MIB):
+                    out.write(os.urandom(1 << 20))
+            run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(made)])
+            made.rename(path)
+    return path

@@ -54,7 +54,8 @@ def stage(image: Path) -> Iterator[Stage]:
         libvirtd = stack.enter_context(Libvirtd(directory / "libvirt"))
         guest = Guest(libvirtd, directory, "bench", [DiskSpec(disk)], build_guest()).define().start()
         stack.callback(guest.destroy)
-        daemon = Daemon(directory, libvirtd.uri).start()
+        # Snapshots are taken one after another here, for as long as something is measured.
+        daemon = Daemon(directory, libvirtd.uri, limits="snapshots_per_disk = 1000").start()
         stack.callback(daemon.stop)
         settle_disk()
         yield Stage(directory, libvirtd, guest, daemon, disk)
