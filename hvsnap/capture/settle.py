@@ -31,6 +31,9 @@ ATTEMPTS = 4
 
 RETRY_S = 1.0
 
+_NOT_SWITCHED = (Step.BITMAPS, Step.OVERLAYS, Step.FREEZING)
+"""Steps before a guest can have been switched to an overlay."""
+
 
 class Settle:
     """Brings open captures to their end. Never raises away what is open: an error leaves the journal's entry."""
@@ -108,6 +111,10 @@ class Settle:
 
     async def _bring_back(self, operation: Operation, disk: CapturedDisk) -> None:
         """Merge a disk's overlay into the image below it, whatever state the guest is in or gets into."""
+        if operation.step in _NOT_SWITCHED:
+            # No guest was ever on it. A crash may have left it half made, so it is not looked into.
+            await images.remove(disk.overlay)
+            return
         pause_s = POLL_S_FIRST
         errors = 0
         while True:

@@ -38,7 +38,7 @@ link_ports
 [ -e /dev/virtio-ports/org.qemu.guest_agent.0 ] && \\
     qemu-ga -d -m virtio-serial -p /dev/virtio-ports/org.qemu.guest_agent.0 -f /run/ga.pid -t /run
 while :; do
-    { echo hvsnap-guest-ready; exec sh; } 0<> /dev/virtio-ports/hvsnap.command 1>&0 2>&1
+    sh -c 'echo hvsnap-guest-ready; exec sh' 0<> /dev/virtio-ports/hvsnap.command 1>&0 2>&1
     usleep 100000
 done
 """
