@@ -29,6 +29,9 @@ from hvsnap.model import GuestUuid
 from tests.guest.domain import Guest
 
 DISK_MIB = 1024
+PLAIN = "cluster_size=64k"
+"""What qemu-img makes by default."""
+
 POLL_S = 0.02
 
 Sample = tuple[int, int]
@@ -63,6 +66,8 @@ class Impact:
             for number in range(count):
                 self._say(f"round {number + 1} of {count}")
                 await self._compare("redirect", guest, self._redirected(hypervisor, guest, one.disk))
+                plain = self._redirected(hypervisor, guest, one.disk, options=PLAIN)
+                await self._compare("redirect, overlay of plain clusters", guest, plain)
                 await self._compare("libvirt pull backup", guest, self._pulled(guest, one.disk))
                 await self._compare("hvsnap, copying", guest, self._hvsnap(one))
                 await self._compare("virtnbdbackup, copying", guest, self._virtnbdbackup(one))
@@ -86,10 +91,15 @@ class Impact:
         return int(found["iops"]), int(found["p99"])
 
     @contextlib.asynccontextmanager
-    async def _redirected(self, hypervisor: LibvirtHypervisor, guest: Guest, disk: Path) -> AsyncIterator[None]:
-        """Hold the instant as hvsnap does, with its own parts."""
+    async def _redirected(
+        self, hypervisor: LibvirtHypervisor, guest: Guest, disk: Path, *, options: str = ""
+    ) -> AsyncIterator[None]:
+        """Hold the instant as hvsnap does, with its own parts; ``options`` instead of those of its overlay."""
         uuid, overlay = GuestUuid(guest.uuid), str(disk) + ".overlay"
         await images.create_overlay(overlay, str(disk), "qcow2")
+        if options:
+            made = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, "-b", str(disk), "-F", "qcow2", overlay]
+            await asyncio.to_thread(run, made)
         await hypervisor.switch_to_overlays(uuid, {"vda": overlay})
         try:
             yield
