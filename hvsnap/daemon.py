@@ -12,7 +12,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -25,6 +24,7 @@ from hvsnap.capture.space import SpaceLimits
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.config import Settings
 from hvsnap.errors import Failed, HvsnapError
+from hvsnap.guard import StartGuard
 from hvsnap.happenings import EventType
 from hvsnap.hypervisor import images
 from hvsnap.hypervisor.fleet import Fleet, Member
@@ -57,6 +57,7 @@ from hvsnap.service.uses import Uses
 from hvsnap.store.blocks import PackedBlocks, open_store
 from hvsnap.store.lease import WriterLease
 from hvsnap.store.opening import open_key, open_objects, writer_id
+from hvsnap.systemd import keep_alive, notify
 from hvsnap.upkeep.bond import Bond
 
 log = logging.getLogger(__name__)
@@ -158,8 +159,9 @@ async def _furnish(
     captures = Captures(
         group, hypervisor, catalog, store, inventory, uses, announcer, clock, _capture_settings(settings, private)
     )
-    maker, roller = DiskMaker(catalog, store, private), Rollback(hypervisor, catalog, store, private)
-    restores = RestoreRecovery(catalog, maker, roller, uses)
+    guard = StartGuard(Path(settings.state_dir))
+    maker, roller = DiskMaker(catalog, store, private), Rollback(hypervisor, catalog, store, private, guard)
+    restores = RestoreRecovery(catalog, maker, roller, uses, guard)
     recovery = Recovery(catalog, [captures.recover, restores.recover], captures.give_way)
     attendance.also_wake.append(recovery.wake)
     snapshots = Snapshots(catalog, inventory, captures, uses, clock)
@@ -328,6 +330,7 @@ async def serve(settings: Settings, stop: asyncio.Event, ready: Callable[[], Non
             asyncio.create_task(house.lease.keep(), name="lease"),
             asyncio.create_task(house.housekeeping.run(), name="housekeeping"),
             asyncio.create_task(house.scheduler.run(), name="scheduler"),
+            asyncio.create_task(keep_alive(), name="watchdog"),
         ]
         # Not among the loops, which end first: the broker is told of what the end brings.
         mqtt = [] if house.mqtt is None else [asyncio.create_task(house.mqtt.run(), name="mqtt")]
@@ -388,13 +391,3 @@ async def _end(
         task.cancel()
     await asyncio.gather(serving, *mqtt, return_exceptions=True)
     log.info("hvsnap has ended")
-
-
-def notify(state: str) -> None:
-    """Tell systemd (sd_notify(3)); nothing happens where it did not start us."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-        channel.connect("\0" + address[1:] if address.startswith("@") else address)
-        channel.send(state.encode())

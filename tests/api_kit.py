@@ -14,6 +14,7 @@ import httpx
 from hvsnap.api import create_app
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import HvsnapError, TargetExists
+from hvsnap.guard import StartGuard
 from hvsnap.hypervisor.images import ImageInfo
 from hvsnap.model import DiskId, Method, Operation, Progress, Snapshot, SnapshotId
 from hvsnap.restore.disk import NewDisk
@@ -141,7 +142,7 @@ async def a_house(directory: Path) -> AsyncIterator[House]:
         inventory = Inventory(hypervisor, catalog, clock)
         snapshots = Snapshots(catalog, inventory, captures, uses, clock)
         guests = Guests(inventory, hypervisor, catalog, captures, _inspect)
-        restores = RestoreRecovery(catalog, maker, roller, uses)
+        restores = RestoreRecovery(catalog, maker, roller, uses, StartGuard(directory))
         mqtt = MqttStatus(configured=True, connected=False, pending=2, error="refused")
         objects = LocalObjects(directory / "store")
         store = await open_store(objects, catalog)

@@ -23,6 +23,7 @@ from hvsnap.capture.reader import read_chunks, scan
 from hvsnap.catalog import chain
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import GuestRunning, HypervisorFailed, NotFound, Refused
+from hvsnap.guard import ROLLBACK, Bar, StartGuard
 from hvsnap.happenings import EventType, disk_payload
 from hvsnap.hypervisor import images
 from hvsnap.hypervisor.image_lock import images_locked
@@ -99,11 +100,14 @@ class Wanted:
 class Rollback:
     """Rolls disks back. The caller keeps captures away from them, and makes the safety snapshot."""
 
-    def __init__(self, hypervisor: Hypervisor, catalog: Catalog, store: PackedBlocks, run_dir: str) -> None:
+    def __init__(
+        self, hypervisor: Hypervisor, catalog: Catalog, store: PackedBlocks, run_dir: str, guard: StartGuard
+    ) -> None:
         self._hypervisor = hypervisor
         self._catalog = catalog
         self._store = store
         self._run_dir = run_dir
+        self._guard = guard
 
     async def plan(self, disk_id: DiskId, snapshot_id: SnapshotId, report: Report) -> RollbackPlan:
         """Return what would be written; nothing is touched. Raises as :meth:`run` does."""
@@ -132,10 +136,7 @@ class Rollback:
             verified = Meter(snapshot.id, stored * size, lambda _progress: None)
             await filler.verify(filler.differing_writes(differs), verified)
         async with self._open(disk) as writer:
-            async with self._catalog.write() as tx:
-                facts = {"disk": disk.id, "snapshot": snapshot.id}
-                operation = await tx.open_operation(KIND, disk.guest_uuid, Step.WRITING, facts)
-                await tx.emit(EventType.ROLLBACK_STARTED, disk_payload(disk) | {"snapshot": snapshot.id})
+            operation = await self._begin(disk, snapshot)
             await self._write(operation, writer, snapshot, info, differs, report)
         await self._finish(operation, disk, snapshot, info, await self._start_bitmap(operation, disk, info))
         return RollbackPlan(
@@ -159,6 +160,7 @@ class Rollback:
             await self._finish(operation, disk, snapshot, info, bitmap)
             return
         disk, snapshot, info = await self._check(disk_id, snapshot_id)
+        await self._guard.bar(Bar.of(disk, ROLLBACK, snapshot=snapshot.id))
         async with images_locked([disk.source]):
             differs = await self._compare(disk, snapshot, info, report)
         async with self._open(disk) as writer:
@@ -166,6 +168,24 @@ class Rollback:
         await self._finish(operation, disk, snapshot, info, await self._start_bitmap(operation, disk, info))
 
     # -- before -----------------------------------------------------------------------------------
+
+    async def _begin(self, disk: Disk, snapshot: Snapshot) -> Operation:
+        """Bar the guest, then open the journal's entry: a guest that ran in between would lose what it wrote."""
+        await self._guard.bar(Bar.of(disk, ROLLBACK, snapshot=snapshot.id))
+        try:
+            async with self._catalog.write() as tx:
+                facts = {"disk": disk.id, "snapshot": snapshot.id}
+                operation = await tx.open_operation(KIND, disk.guest_uuid, Step.WRITING, facts)
+                await tx.emit(EventType.ROLLBACK_STARTED, disk_payload(disk) | {"snapshot": snapshot.id})
+        except BaseException:
+            # Whether it was committed is unknown: look.
+            await asyncio.shield(self._lift_unless_open(disk))
+            raise
+        return operation
+
+    async def _lift_unless_open(self, disk: Disk) -> None:
+        if all(one.facts.get("disk") != disk.id for one in await self._catalog.operations(KIND)):
+            await self._guard.lift(disk.id, ROLLBACK)
 
     async def _check(self, disk_id: DiskId, snapshot_id: SnapshotId) -> tuple[Disk, Snapshot, ImageInfo]:
         disk = await self._catalog.disk(disk_id)
@@ -309,6 +329,7 @@ class Rollback:
             await tx.clear_carry(disk.id)
             await tx.emit(EventType.ROLLBACK_FINISHED, disk_payload(disk) | {"snapshot": snapshot.id})
             await tx.close_operation(operation.id)
+        await self._guard.lift(disk.id, ROLLBACK)
 
 
 def check_not_saved(guest: GuestView) -> None:

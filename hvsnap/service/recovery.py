@@ -15,6 +15,7 @@ from hvsnap.capture import freeze
 from hvsnap.capture.facts import KIND, CaptureFacts
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import HvsnapError, NotFound
+from hvsnap.guard import ROLLBACK, StartGuard
 from hvsnap.model import DiskId, Operation, OperationId, Progress, SnapshotId, State
 from hvsnap.restore import disk, rollback
 from hvsnap.service.uses import Uses
@@ -48,8 +49,9 @@ class Resume(Protocol):
 class RestoreRecovery:
     """Removes new disks that a crash left half-made, and goes on with rollbacks that it interrupted."""
 
-    def __init__(self, catalog: Catalog, maker: Undo, roller: Resume, uses: Uses) -> None:
+    def __init__(self, catalog: Catalog, maker: Undo, roller: Resume, uses: Uses, guard: StartGuard) -> None:
         self._catalog = catalog
+        self._guard = guard
         self._maker = maker
         self._roller = roller
         self._uses = uses
@@ -67,7 +69,17 @@ class RestoreRecovery:
                         continue
                     if _place(operation) not in held | self._uses.held():
                         outcome += await self._settle(operation)
+            if only is None:
+                await self._lift_stale()
             return outcome
+
+    async def _lift_stale(self) -> None:
+        """Let guests start whose rollback a crash ended before it began, or when it was over."""
+        open_now = {_place(operation) for operation in await self._catalog.operations(rollback.KIND)}
+        try:
+            await self._guard.lift_all_but(open_now | self._uses.held(), ROLLBACK)
+        except HvsnapError as error:
+            log.warning("%s; %s", error.message, error.hint)
 
     async def _settle(self, operation: Operation) -> list[tuple[Operation, HvsnapError | None]]:
         """Settle one operation; nothing is told of one that has ended by itself meanwhile."""
