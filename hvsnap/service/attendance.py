@@ -15,6 +15,9 @@ from hvsnap.ports import Hypervisor
 log = logging.getLogger(__name__)
 
 RETRY_S = 10.0
+GATHER_S = 0.25
+"""A capture alone makes libvirt send half a dozen events (suspended, resumed, defined, …): one look serves many."""
+
 LOOK_S = 300.0
 """A look without being woken: an event of the hypervisor may be lost with its connection."""
 
@@ -59,6 +62,7 @@ class Attendance:
             try:
                 async with asyncio.timeout(pause_s):
                     await self._woken.wait()
+                await asyncio.sleep(GATHER_S)
             except TimeoutError:
                 pass
             self._woken.clear()
