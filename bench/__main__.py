@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from typing import Any
 
@@ -55,6 +56,7 @@ def main() -> int:
     if os.geteuid() != 0:
         say("the bench starts a private libvirtd: run it as root, or `make bench`, which uses sudo")
         return 1
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: everything is cleared away
     load = os.getloadavg()[0]
     say(f"load of the machine before: {load:.2f} on {os.cpu_count()} processors")
     result: dict[str, Any] = {"load_before": load}
