@@ -92,7 +92,8 @@ def guests(answer: wire.GuestList, *, headers: bool = True) -> str:
         if not guest.disks:
             rows.append((guest.name, guest.state, "-", "-", "-", "-", "-", "-", "-", "no disks"))
     names = ("GUEST", "STATE", "DISK", "ID", "SIZE", "PROTECTION", "SNAPSHOTS", "LAST", "POLICY", "NOTE")
-    return table(names, rows, headers=headers)
+    unseen = [f"not seen: {safe(note)}" for note in answer.notes] * headers
+    return "\n".join([table(names, rows, headers=headers), *unseen])
 
 
 def snapshots(answer: Sequence[wire.Snapshot], *, headers: bool = True) -> str:

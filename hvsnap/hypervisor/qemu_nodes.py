@@ -65,10 +65,6 @@ class Graph:
         jobs = {key for key, kind in self._types.items() if kind == "block-job"}
         return sorted({self._names[p] for p, _edge, child in self._edges if p in jobs and self._names[child] in names})
 
-    def used(self, name: str) -> bool:
-        """Whether anything (a device, a job, another node) uses a node."""
-        return any(self._names[child] == name for _parent, _edge, child in self._edges)
-
 
 def format_node(inserted: dict[str, Any], named_nodes: list[dict[str, Any]], graph: dict[str, Any] | None) -> str:
     """Return the name of the node that holds the image's format, below the filters on top of it.

@@ -49,6 +49,26 @@ def test_a_guest_shut_down_in_a_capture_leaves_nothing_half(make_rig: MakeRig, w
 
 
 @pytest.mark.parametrize("mode", ["fleece", "redirect"])
+def test_a_daemon_told_to_end_in_a_capture_leaves_the_guest_safe(make_rig: MakeRig, workdir: Path, mode: str) -> None:
+    """FAULTS 4."""
+    rig = make_rig([a_disk(workdir)], mode)
+    rig.do(rig.disks[0], write(0, 2 * MIB, 6))
+    with rig.daemon.gate("read") as gate:
+        made = rig.daemon.begin(rig.guest.name, consistency="crash")
+        gate.reached(made[0].id)
+        rig.do(rig.disks[0], write(MIB, 2 * MIB, 7))
+        start = time.monotonic()
+        assert rig.daemon.stop() == 0
+        assert time.monotonic() - start < 30
+    rig.check_on_images()
+    rig.check_disk(rig.disks[0], "after the daemon's end")
+    rig.daemon.start()
+    assert rig.daemon.info(made[0].id).error == "the daemon was stopped"
+    rig.capture(rig.disks)
+    rig.check_snapshots(rig.disks[0])
+
+
+@pytest.mark.parametrize("mode", ["fleece", "redirect"])
 def test_a_disk_grown_in_a_capture_is_whole_then_and_later(make_rig: MakeRig, workdir: Path, mode: str) -> None:
     rig = make_rig([a_disk(workdir)], mode)
     disk = rig.disks[0]

@@ -74,8 +74,6 @@ def test_what_is_no_file_or_half_told_is_skipped_with_a_reason() -> None:
 def test_jobs_are_known_by_the_nodes_that_they_use() -> None:
     shown = Graph(graph(*CHAIN, ("job:a", "main node", "q"), ("job:b", "x", "other"), ("dev:v", "root", "q")))
     assert shown.jobs_on({"q", "qf"}) == ["job:a"]
-    assert shown.used("q")
-    assert not shown.used("job:a")
     assert shown.below("q") == "qf"
 
 
