@@ -267,8 +267,8 @@ async def deletions(catalog: Catalog, simulation: Simulation, figures: Figures, 
         part = Watch()
         async with catalog.write() as tx:
             await tx.delete_snapshot(snapshot)
-        log_mib = (directory / "catalog.db-wal").stat().st_size >> 20
-        print(f"  deletion {part.stop()}, log {log_mib} MiB", file=sys.stderr)
+        log_mib = (directory / "catalog.db-wal").stat().st_size / 2**20
+        print(f"  deletion {part.stop()}, log {log_mib:.1f} MiB", file=sys.stderr)
         freed = f"frees {plan.together >> 20} MiB"
         figures.add(f"delete the {what} snapshot ({freed})", "<= 10 s", str(whole.stop()))
 
