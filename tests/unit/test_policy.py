@@ -9,7 +9,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvsnap import policy
@@ -64,6 +64,7 @@ def test_every_day_of_a_year_has_its_run_once(zone: str) -> None:
     assert len(policy.due_times(one, start, end)) == 365
 
 
+@settings(deadline=None)
 @given(
     cuts=st.lists(st.integers(0, 400 * 24 * 60), max_size=20),
     zone=st.sampled_from(["Europe/Berlin", "America/New_York"]),
@@ -201,6 +202,7 @@ def test_each_snapshot_follows_the_rule_that_it_was_made_under() -> None:
     assert policy.expired(made, 1e10, active=True) == [made[1].id]
 
 
+@settings(deadline=None)
 @given(counts=st.tuples(*(st.integers(0, 5) for _ in range(5))), size=st.integers(0, 60), seed=st.integers(0, 99))
 def test_letting_go_twice_is_letting_go_once(counts: tuple[int, ...], size: int, seed: int) -> None:
     keep = Keep(*counts)
