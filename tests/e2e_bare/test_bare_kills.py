@@ -82,7 +82,9 @@ class Kills:
         self.write()
         before = {disk.target: self.rig.present(disk) for disk in self.rig.disks}
         with self.daemon.armed(at, self.guest.pid if qemu else 0):
-            made = self.daemon.begin(self.guest.name, group=True, consistency="crash")
+            made: list[wire.Snapshot] = []
+            with contextlib.suppress(DaemonUnreachable):  # it may die before it has answered
+                made = self.daemon.begin(self.guest.name, group=True, consistency="crash")
             victim = self.guest if qemu else self.daemon
             wait_for(lambda: not victim.active or self.settled(), "an end")
         act = "none: this capture had fewer" if victim.active else self.daemon.acts()[-1]
