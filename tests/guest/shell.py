@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import shlex
 import socket
 import time
 from pathlib import Path
@@ -51,7 +52,9 @@ class Shell:
 
     def spawn(self, command: str) -> None:
         """Start a command in the background; what it prints reaches :attr:`log` line by line, as it is printed."""
-        self.run(f"({command}) > /dev/virtio-ports/hvsnap.log 2>&1 < /dev/null &")
+        # A program of its own, not a part of this shell: that would keep the command port open when the shell ends, as
+        # when its guest is saved, and the next one could not have it.
+        self.run(f"sh -c {shlex.quote(command)} > /dev/virtio-ports/hvsnap.log 2>&1 < /dev/null &")
 
     def logged(self) -> list[str]:
         """Return the whole lines that background commands have printed so far."""
