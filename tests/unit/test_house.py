@@ -42,7 +42,7 @@ HINTS_AHEAD: set[str] = set()
 """Commands that hints name and that are still to come: crossed out here when they are there."""
 
 
-DOCUMENTS_AHEAD = {"docs/bare-qemu.md", "docs/performance.md"}
+DOCUMENTS_AHEAD: set[str] = set()
 """Documents that the code names and that are still to come."""
 
 
