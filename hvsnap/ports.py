@@ -348,6 +348,10 @@ class Hypervisor(Protocol):
         """Return who fleeces the guest's disks; raises :class:`HypervisorFailed` where nobody can."""
         ...
 
+    async def resume_after_error(self, uuid: GuestUuid) -> None:
+        """Let a guest go on that was stopped by an I/O error of its disk; any other one is left as it is."""
+        ...
+
     async def start(self, uuid: GuestUuid) -> None:
         """Start a guest that is shut off."""
         ...

@@ -109,6 +109,9 @@ class FakeHypervisor:
     async def redefine_source(self, uuid: GuestUuid, target: str, layer_path: str, layer_format: str) -> None:
         raise NotImplementedError
 
+    async def resume_after_error(self, uuid: GuestUuid) -> None:
+        raise NotImplementedError
+
     async def start(self, uuid: GuestUuid) -> None:
         self.log.append(f"start {self.shown[uuid].name}")
         self.shown[uuid] = replace(self.shown[uuid], state=GuestState.RUNNING)

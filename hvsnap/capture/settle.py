@@ -57,6 +57,9 @@ class Settle:
         if facts.mode is Mode.REDIRECT:
             for disk in facts.disks:
                 await self._bring_back(operation, disk)
+            # A full device below an overlay stops the guest at its first write; back on its image it can do it.
+            with contextlib.suppress(NotFound):
+                await self._hypervisor.resume_after_error(operation.guest_uuid)
         elif facts.mode is Mode.FLEECE:
             await fleece.undo(self._hypervisor, operation.guest_uuid, facts.disks)
         for disk in facts.disks:
@@ -116,7 +119,7 @@ class Settle:
             await images.remove(disk.overlay)
             return
         pause_s = POLL_S_FIRST
-        errors = 0
+        errors = commits = 0
         while True:
             facts = CaptureFacts.of(await self._catalog.operation(operation.id))
             pivot_asked, asked = disk.target in facts.pivoting, facts.asked.get(disk.target, "")
@@ -129,6 +132,9 @@ class Settle:
                 elif action is Action.COMMIT_OFFLINE and pivot_asked:
                     # It did not happen, and the merge will write to the image: nothing of that may pass for a pivot.
                     await self._note_no_pivot(operation, disk)
+                elif action is Action.START_COMMIT:
+                    commits += 1
+                    await self._check_commits(commits, disk)
                 await self._merge.act(action, operation.guest_uuid, disk)
             except (Busy, HypervisorUnreachable):
                 raise
@@ -143,6 +149,16 @@ class Settle:
             if action is Action.WAIT:
                 await asyncio.sleep(pause_s)
                 pause_s = min(POLL_S_MAX, pause_s * 1.5)
+
+    async def _check_commits(self, number: int, disk: CapturedDisk) -> None:
+        """A commit that has to be started anew has ended by itself: the guest died, or a device is full."""
+        if number > ATTEMPTS:
+            raise Busy(
+                f"the merge of {disk.overlay} has failed {ATTEMPTS} times",
+                hint=f"is the file system of {disk.base} full? It goes on by itself once there is room",
+            )
+        if number > 1:
+            await asyncio.sleep(RETRY_S)
 
     async def _note_pivot(self, operation: Operation, disk: CapturedDisk) -> None:
         """Write down that a pivot is about to be asked for, and of which QEMU."""

@@ -181,6 +181,10 @@ class Fleet:
         """Return who fleeces the guest's disks."""
         return await (await self._owner(uuid)).fleecer(uuid)
 
+    async def resume_after_error(self, uuid: GuestUuid) -> None:
+        """Let a guest go on that was stopped by an I/O error."""
+        await (await self._owner(uuid)).resume_after_error(uuid)
+
     async def start(self, uuid: GuestUuid) -> None:
         """Start a guest."""
         await (await self._owner(uuid)).start(uuid)

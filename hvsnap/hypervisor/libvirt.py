@@ -271,6 +271,15 @@ class LibvirtHypervisor:
         """Raise: guests of libvirt are captured by redirecting, which costs them less."""
         raise HypervisorFailed(f"guest {uuid} belongs to libvirt and is never fleeced")
 
+    async def resume_after_error(self, uuid: GuestUuid) -> None:
+        """Let a guest go on that QEMU stopped at an I/O error: it repeats what failed."""
+
+        def work(domain: Any) -> None:
+            if domain.isActive() and _qmp(domain, "query-status")["status"] == "io-error":
+                domain.resume()
+
+        await self._on(uuid, work)
+
     async def start(self, uuid: GuestUuid) -> None:
         """Start a guest that is shut off; one that runs is no error."""
 

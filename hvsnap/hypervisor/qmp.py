@@ -267,6 +267,13 @@ class QmpHypervisor:
             except AgentUnavailable as error:
                 raise HypervisorFailed(error.message) from error
 
+    async def resume_after_error(self, uuid: GuestUuid) -> None:
+        """Let the guest go on that QEMU stopped at an I/O error: it repeats what failed."""
+        if not (await self._view()).active:
+            return
+        if (await self._connection.execute("query-status"))["status"] == "io-error":
+            await self._connection.execute("cont")
+
     async def start(self, uuid: GuestUuid) -> None:
         """Raise, unless the guest runs: only its launcher can start it."""
         if not (await self._view()).active:

@@ -188,14 +188,19 @@ class CrashRig:
         *,
         formats: Sequence[str] = ("qcow2", "qcow2"),
         cache: str = "writeback",
+        images: Path | None = None,
         **config: str,
     ) -> None:
-        """``cache``: with "writethrough" what was acknowledged outlives QEMU; else only what the guest had flushed."""
+        """``cache``: with "writethrough" what was acknowledged outlives QEMU; else only what the guest had flushed.
+
+        ``images`` is where its images are, if not beside all else.
+        """
         self.libvirtd = libvirtd
         self.directory = short_directory()
+        self.images = images or self.directory
         self.disks = []
         for number, image_format in enumerate(formats):
-            path = make_image(self.directory / f"{'ab'[number]}.{image_format}", str(SIZE), image_format)
+            path = make_image(self.images / f"{'ab'[number]}.{image_format}", str(SIZE), image_format)
             replica = Replica(np.zeros(SIZE, np.uint8))
             self.disks.append(CrashDisk(f"vd{'ab'[number]}", path, image_format, replica))
         ext4 = self.directory / "ext4.raw"
@@ -212,6 +217,7 @@ class CrashRig:
         self._orders = 0
         self._writing: Sequence[str] = ()
         self.retired = False
+        self.place = self.images  # of overlays
 
     def __enter__(self) -> CrashRig:
         self.boot()
@@ -233,6 +239,19 @@ class CrashRig:
         config = {"capture": "space_reserve_bytes = 1048576", "limits": "snapshots_per_disk = 1000", **self._config}
         return Daemon(directory, self.libvirtd.uri, **config)
 
+    def fresh_daemon(self) -> None:
+        """Start a new daemon that knows of no chain; the one before leaves no bitmap behind."""
+        self.check_nothing_left()
+        self.daemon.stop()
+        for disk in self.disks:
+            name = self.bitmap_of(disk)
+            if name is not None:
+                nodes = self.guest.qmp("query-named-block-nodes", flat=True)
+                node = next(n for n in nodes if n.get("file") == str(disk.path) and n["drv"] == disk.format)
+                self.guest.qmp("block-dirty-bitmap-remove", node=node["node-name"], name=name)
+            disk.states.clear()
+        self.daemon = self.new_daemon().start(str(self.control))
+
     def boot(self) -> None:
         """Start the guest (a QEMU that died leaves the disks to whoever is next) and mount its file system."""
         self.guest.start()
@@ -240,15 +259,18 @@ class CrashRig:
 
     # -- the guest's writes -----------------------------------------------------------------------
 
-    def write_on(self) -> None:
-        """Let the guest write to all disks until :meth:`stop_writing`."""
+    def write_on(self, *, wait: bool = True) -> None:
+        """Let the guest write to all disks until :meth:`stop_writing`; ``wait`` until it does."""
         self._read = len(self.guest.logged())
         self.guest.run("rm -f /tmp/stop")
         names = " ".join(disk.target for disk in self.disks)
         self._seed += 100_000
-        self.guest.spawn(_WRITER.format(first=self._seed, disks=names, count=BATCH, length=LENGTH_MAX))
+        script = _WRITER.format(first=self._seed, disks=names, count=BATCH, length=LENGTH_MAX)
+        self.guest.run(f"cat > /tmp/writer <<'EOF'\n{script}\nEOF")
+        self.guest.spawn("exec sh /tmp/writer")  # a program of its own: it keeps no port of the shell's open
         self._writing = names
-        self.written(2 * BATCH)
+        if wait:
+            self.written(2 * BATCH)
 
     def written(self, more: int) -> None:
         """Return when the guest has had that many more lines acknowledged: it is not stopped by anything."""
@@ -467,8 +489,8 @@ class CrashRig:
 
     def check_nothing_left(self, *, consistent: bool = True) -> None:
         """No job, overlay, export, process, temporary file; and of bitmaps the expected ones alone."""
-        left = [name for name in os.listdir(self.directory) if name.endswith((".overlay", ".scratch", ".hvsnap"))]
-        assert not left
+        beside = {*os.listdir(self.directory), *os.listdir(self.images), *os.listdir(self.place)}
+        assert not [name for name in beside if name.endswith((".overlay", ".scratch", ".hvsnap"))]
         assert self.guest.qmp("query-block-jobs") == self.guest.qmp("query-jobs") == []
         nodes = self.guest.qmp("query-named-block-nodes", flat=True)
         assert not [node for node in nodes if ".overlay" in node.get("file", "")]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import inspect
 import json
@@ -44,7 +45,8 @@ class Order:
     """What to do at the ``nth`` passing of the point ``name``, counted since the order was given.
 
     ``do``: "trace" only lists points, "kill" is SIGKILL at once, "hold" waits for ``CONTROL.go-ID`` (and has left
-    ``CONTROL.reached-ID``). ``side`` "during" kills ``delay_s`` after the call began.
+    ``CONTROL.reached-ID``), "fail" is an input/output
+    error. ``side`` "during" kills ``delay_s`` after the call began.
     """
 
     do: str
@@ -93,6 +95,8 @@ class Points:
         if order.do == "hold":
             self._control.with_suffix(f".reached-{order.id}").touch()
             return not self._control.with_suffix(f".go-{order.id}").exists()
+        if order.do == "fail":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         if order.side == "during":
             threading.Timer(order.delay_s, _kill).start()
             return False
@@ -240,10 +244,27 @@ def _slow_commits(control: Path) -> None:
     libvirt.virDomain.blockCommit = slow
 
 
+def _bad_sectors(control: Path) -> None:
+    """Let sectors be unreadable: ``CONTROL.bad`` holds options for the driver blkdebug, put below the format's."""
+    create = asyncio.create_subprocess_exec
+
+    async def damaged(*command: str, **options: Any) -> Any:
+        bad = control.with_suffix(".bad")
+        if "qemu-nbd" in command and "--read-only" in command and bad.exists():
+            at = command.index("--format")
+            below = f"file.driver=blkdebug,file.image.driver=file,file.image.filename={command[-1]},{bad.read_text()}"
+            image = f"driver={command[at + 1]},{below}"
+            command = (*command[:at], *command[at + 2 : -1], "--image-opts", image)
+        return await create(*command, **options)
+
+    asyncio.create_subprocess_exec = damaged
+
+
 def install(control: Path) -> None:
     """Put all points in."""
     points = Points(control)
     _slow_commits(control)
+    _bad_sectors(control)
     for method in ("bitmap_add", "bitmap_remove", "switch_to_overlays", "commit_start", "commit_pivot"):
         wrap(points, LibvirtHypervisor, method, method)
     for method in ("freeze", "thaw", "redefine_source", "start", "shutdown"):

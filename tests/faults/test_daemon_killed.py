@@ -22,18 +22,7 @@ SEED = int(os.environ.get("E2E_SEED", "20260714"))
 def cycle(rig: CrashRig, order: Order, disks: int, *, fresh: bool = False) -> bool:
     """Kill the daemon once, and look at everything; False if it did not come by the point (a directory was there)."""
     if fresh:
-        rig.check_nothing_left()
-        rig.daemon.stop()
-        for disk in rig.disks:
-            (name,) = {rig.bitmap_of(disk)}
-            if name is not None:
-                node = next(
-                    n for n in rig.guest.qmp("query-named-block-nodes", flat=True)
-                    if n.get("file") == str(disk.path) and n["drv"] == disk.format
-                )  # fmt: skip
-                rig.guest.qmp("block-dirty-bitmap-remove", node=node["node-name"], name=name)
-            disk.states.clear()
-        rig.daemon = rig.new_daemon().start(str(rig.control))
+        rig.fresh_daemon()
         known: set[str] = set()
     else:
         known = set(rig.snapshots())

@@ -181,7 +181,7 @@ def test_rollback_of_a_saved_guest_is_refused(rigs: Rigs) -> None:
         assert made.consistency == "crash"
         assert "saved" in made.reason
         domain.create()
-        assert rig.guest.run("echo back") == "back"
+        rig.guest.wait_ready()
         rig.check([made.id], method="any")
 
 
