@@ -231,6 +231,10 @@ def _daemon(service: Service) -> APIRouter:
     async def recover(image: Name = "") -> wire.Recovery:
         return await (service.recovery.recover_image(image) if image else service.recovery.recover())
 
+    @router.post("/hooks", status_code=202)
+    async def take_hook(body: wire.HookCall) -> wire.HookTaken:
+        return service.hooks.take(body)
+
     text: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
 
     @router.get("/events", response_class=StreamingResponse, responses={200: {"content": text}})

@@ -43,6 +43,7 @@ from hvsnap.service.disks import Disks
 from hvsnap.service.doctor import Doctor, places
 from hvsnap.service.feed import Feed, newest_sequence
 from hvsnap.service.guests import Guests
+from hvsnap.service.hooks import Hooks
 from hvsnap.service.housekeeping import Housekeeping, VerifySettings
 from hvsnap.service.inventory import Inventory
 from hvsnap.service.policies import Policies
@@ -219,6 +220,7 @@ async def _furnish(
         recovery=recovery,
         status=StatusBoard(settings.host_id, hypervisor, catalog, captures, tasks, mqtt_status, clock),
         feed=feed,
+        hooks=Hooks(Path(settings.state_dir), attendance.wake),
     )
     return House(
         settings, catalog, lease, hypervisor, attendance, captures, restores, housekeeping, scheduler, service, mqtt
@@ -330,6 +332,7 @@ async def serve(settings: Settings, stop: asyncio.Event, ready: Callable[[], Non
             asyncio.create_task(house.lease.keep(), name="lease"),
             asyncio.create_task(house.housekeeping.run(), name="housekeeping"),
             asyncio.create_task(house.scheduler.run(), name="scheduler"),
+            asyncio.create_task(house.service.hooks.run(), name="hooks"),
             asyncio.create_task(keep_alive(), name="watchdog"),
         ]
         # Not among the loops, which end first: the broker is told of what the end brings.

@@ -37,6 +37,7 @@ GET  /v1/doctor                                         DoctorReport
 POST /v1/recover                     ?image=            Recovery       finishes or undoes what a crash left open; with
                                                                        ``image`` all about that one, captures at work
                                                                        included, so that its guest may be started
+POST /v1/hooks                       HookCall           HookTaken      202; what libvirt's hook sees of guests
 GET  /v1/events                      ?guest= ?since=    event stream   see below
 GET  /openapi.json                                                     the machine-readable form of this table
 ==================================== ================== ============== ==============================================
@@ -659,6 +660,34 @@ class Recovery(Answer):
     operations: list[RecoveredOperation]
 
 
+class HookReport(Answer):
+    """libvirt's hook as it is installed."""
+
+    installed: bool
+    script: str
+    state_dir: str
+    socket: str
+    others: list[str] = Field(description="hooks of others for guests, which libvirt runs, too")
+    restart_libvirtd: bool = Field(description="it was started when there was no hook for guests, and so runs none")
+    barred: list[str] = Field(description="UUIDs of guests that may not start, or only from their overlay")
+    problems: list[str]
+
+
+class InstalledFile(Answer):
+    """One file of the service. ``keep``: it is there already, and as it should be, or its owner's."""
+
+    path: str
+    action: Literal["create", "update", "keep"]
+
+
+class Installed(Answer):
+    """What was put in place, or with ``dry_run`` would be."""
+
+    dry_run: bool
+    files: list[InstalledFile]
+    next: list[str] = Field(description="commands that are left to be run")
+
+
 class MqttStatus(Answer):
     """The publisher of events."""
 
@@ -683,6 +712,26 @@ class Status(Answer):
     tasks: int = Field(description="running ones")
     open_operations: int = Field(description="entries of the journal")
     mqtt: MqttStatus
+
+
+class HookCall(Request):
+    """What libvirt's hook was called with. ``id`` is one for each call, on whichever way it comes."""
+
+    id: str = Field(min_length=1, max_length=64)
+    at: float = Field(ge=0, le=1e12, description="seconds since the epoch, UTC")
+    guest: str = Field(max_length=1024)
+    operation: str = Field(max_length=1024, examples=["prepare", "started", "stopped"])
+    suboperation: str = Field(default="", max_length=1024)
+    extra: str = Field(default="", max_length=1024)
+    refused: bool = Field(default=False, description="the guest was kept from starting")
+    xml: str = Field(default="", description="the guest's definition")
+    truncated: bool = Field(default=False, description="the definition was too large, and is cut off")
+
+
+class HookTaken(Answer):
+    """The call was taken."""
+
+    known: bool = Field(description="it had come before")
 
 
 class Event(Answer):

@@ -25,6 +25,7 @@ from hvsnap.service.disks import Disks
 from hvsnap.service.doctor import Doctor
 from hvsnap.service.feed import Feed
 from hvsnap.service.guests import Guests
+from hvsnap.service.hooks import Hooks
 from hvsnap.service.housekeeping import Housekeeping, VerifySettings
 from hvsnap.service.inventory import Inventory
 from hvsnap.service.policies import Policies
@@ -189,6 +190,7 @@ async def a_house(directory: Path) -> AsyncIterator[House]:
             recovery=Recovery(catalog, [restores.recover]),
             status=StatusBoard("host-1", hypervisor, catalog, captures, tasks, lambda: mqtt, clock),
             feed=feed,
+            hooks=Hooks(directory, lambda: None),
         )
         try:
             yield House(catalog, hypervisor, captures, maker, roller, uses, tasks, store, service)

@@ -9,6 +9,7 @@ from hvsnap.service.disks import Disks
 from hvsnap.service.doctor import Doctor
 from hvsnap.service.feed import Feed
 from hvsnap.service.guests import Guests
+from hvsnap.service.hooks import Hooks
 from hvsnap.service.policies import Policies
 from hvsnap.service.recovery import Recovery
 from hvsnap.service.requests import CapturesPort
@@ -34,3 +35,4 @@ class Service:
     recovery: Recovery
     status: StatusBoard
     feed: Feed
+    hooks: Hooks

@@ -98,7 +98,7 @@ LIBRARIES = {
     "numpy": ("",),
     "obstore": ("store.",),
     "paho": ("mqtt.",),
-    "pydantic": ("wire", "config", "mqtt.", "cli."),
+    "pydantic": ("wire", "config", "mqtt.", "cli.", "service.hooks"),
     "qemu": ("hypervisor.qmp",),
     "rich": ("cli.",),
     "sqlite3": ("catalog.",),
