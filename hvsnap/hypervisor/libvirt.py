@@ -160,7 +160,8 @@ class LibvirtHypervisor:
             info = domain.blockJobInfo(target, 0)
             mirror = domain_xml.mirror_state(disk)
             if not info:
-                return None if mirror is None else JobView(mirror.job, 0, 0, mirror.ready)
+                # A job that has failed leaves its element, without a type, for another moment.
+                return JobView(mirror.job, 0, 0, mirror.ready) if mirror is not None and mirror.job else None
             name = _JOB_TYPES.get(info["type"], "unknown")
             return JobView(name, info["cur"], info["end"], mirror is not None and mirror.ready)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from random import Random
@@ -11,7 +12,7 @@ import pytest
 from tests.faults.crash_rig import CrashRig, chosen, with_during
 from tests.faults.killing_daemon import Order
 from tests.guest.image import GuestImage
-from tests.guest.libvirtd import Libvirtd
+from tests.guest.libvirtd import Libvirtd, wait_for
 
 EVERY = bool(os.environ.get("HVSNAP_TEST_ALL"))
 
@@ -49,7 +50,7 @@ def sweep(libvirtd: Libvirtd, image: GuestImage, disks: int, count: int, *, fres
         # of the sample stand in for it.
         while orders is None or (done < len(orders) and (EVERY or died < count)):
             if rig is None:
-                rig = CrashRig(libvirtd, image, formats=("qcow2",) * disks, **config).__enter__()
+                rig = CrashRig(libvirtd, image, formats=("qcow2", "raw")[:disks], **config).__enter__()
                 if not fresh:
                     rig.capture(rig.disks)
             if orders is None:
@@ -91,3 +92,38 @@ def test_killed_anywhere_in_an_incremental_capture(libvirtd: Libvirtd, guest_ima
 
 def test_killed_anywhere_in_a_capture_of_a_group(libvirtd: Libvirtd, guest_image: GuestImage) -> None:
     sweep(libvirtd, guest_image, 2, 8)
+
+
+@pytest.mark.parametrize("first", ["switch_to_overlays", "commit_start", "commit_pivot"])
+def test_killed_again_in_its_recovery(libvirtd: Libvirtd, guest_image: GuestImage, first: str) -> None:
+    """What recovers can be killed anywhere, too, and the next start goes on where it was."""
+    random = Random(f"{SEED} {first}")
+    crash = Order("kill", first, side="after")
+    with CrashRig(libvirtd, guest_image, formats=("qcow2",)) as rig:
+        rig.capture(rig.disks)
+        orders: list[Order] = []
+        died = done = 0
+        while not orders or (done < len(orders) and (EVERY or died < 3)):
+            known = set(rig.snapshots())
+            rig.write_on()
+            assert rig.crash_at(crash, lambda: rig.capture(rig.disks))
+            if not orders:
+                points = rig.trace(rig.restart)
+                orders = chosen(with_during(points, random), 9, random)
+                print(f"seed {SEED}: {len(points)} points, {len(orders)} kills")
+            else:
+                rig.order(orders[done])
+                done += 1
+                rig.daemon.start(str(rig.control), wait=False)
+                with contextlib.suppress(RuntimeError):
+                    wait_for(rig.daemon.answers, "the daemon's start or death")
+                if not rig.daemon.alive():
+                    died += 1
+                    rig.disarm()
+                    rig.restart()
+                rig.disarm()
+            rig.daemon.settled()
+            rig.stop_writing()
+            rig.check([one for one in rig.snapshots() if one not in known])
+        print(f"{died} of {done} kills came about")
+        assert died >= 3
