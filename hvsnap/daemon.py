@@ -58,7 +58,7 @@ from hvsnap.service.uses import Uses
 from hvsnap.store.blocks import PackedBlocks, open_store
 from hvsnap.store.lease import WriterLease
 from hvsnap.store.opening import open_key, open_objects, writer_id
-from hvsnap.systemd import keep_alive, notify
+from hvsnap.systemd import JournalFormatter, keep_alive, logs_to_journal, notify
 from hvsnap.upkeep.bond import Bond
 
 log = logging.getLogger(__name__)
@@ -301,11 +301,13 @@ def recover(settings: Settings) -> wire.Recovery:
 
 
 def set_up_logging() -> None:
-    """Log to standard error; the journal adds the time itself."""
-    form = "%(levelname)s %(name)s: %(message)s"
-    if "JOURNAL_STREAM" not in os.environ:
-        form = f"%(asctime)s {form}"
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=form)
+    """Log to standard error, as the journal wants it where that is the journal."""
+    handler = logging.StreamHandler(sys.stderr)
+    if logs_to_journal(os.environ, sys.stderr.fileno()):
+        handler.setFormatter(JournalFormatter())
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
 
 
 async def _run_until_signal(settings: Settings) -> None:

@@ -1,15 +1,39 @@
-"""What the daemon tells systemd (sd_notify(3)): that it is ready, what it is doing, that its event loop turns."""
+"""What the daemon tells systemd: that it is ready, that its event loop turns (sd_notify(3)), and its log."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 from collections.abc import Mapping
 
 PINGS = 3
 """Pings in one watchdog interval: a busy moment that swallows one or two is no reason to be killed."""
+
+
+_PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
+
+
+class JournalFormatter(logging.Formatter):
+    """Begins every line with its priority, which journald takes off again (sd-daemon(3)); it adds the time itself."""
+
+    def __init__(self) -> None:
+        super().__init__("%(name)s: %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record's lines, a traceback's included, each of which becomes an entry of the journal."""
+        priority = next((number for level, number in _PRIORITIES if record.levelno >= level), 7)
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
+
+
+def logs_to_journal(environment: Mapping[str, str], fd: int) -> bool:
+    """Whether a file descriptor is the journal's: as systemd.exec(5) says, by what it was told of it."""
+    with contextlib.suppress(OSError):
+        seen = os.fstat(fd)
+        return environment.get("JOURNAL_STREAM", "") == f"{seen.st_dev}:{seen.st_ino}"
+    return False
 
 
 def notify(state: str) -> None:

@@ -17,8 +17,9 @@ GUEST=(busybox-static qemu-guest-agent lz4 kmod binutils cpio gcc libc6-dev e2fs
 AROUND=(mosquitto mosquitto-clients util-linux mount procps ca-certificates)
 
 DEMO=("${HOST[@]}" "${GUEST[@]}" "${AROUND[@]}")
-# A one-node Ceph with its S3 gateway; faults at system calls; TLS for the broker; an independent look at images.
-TEST=(ceph-mon ceph-osd ceph-common radosgw strace openssl libnbd-bin)
+# A one-node Ceph with its S3 gateway; faults at system calls; TLS for the broker; an independent look at images; what
+# systemd says of our units, Prometheus of our metrics and rules.
+TEST=(ceph-mon ceph-osd ceph-common radosgw strace openssl libnbd-bin systemd prometheus)
 # The peers that are compared with.
 BENCH=(virtnbdbackup fio libnbd-bin)
 
