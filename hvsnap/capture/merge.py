@@ -110,6 +110,9 @@ class Merge:
             if pivot_asked:
                 pivoted = await pivot_proved(disk, guest, asked, on_base=attached_to_base)
             empty = found is None and not pivoted and await images.is_empty(disk.overlay)
+        elif found is not None and guest is not None and not guest.active and guest.instance is not None:
+            # Somebody has settled it by hand and removed the overlay; only our own memory still names it.
+            pivoted = not exists
         return next_action(guest, disk, job, exists=exists, empty=empty, pivoted=pivoted)
 
     async def act(self, action: Action, uuid: GuestUuid, disk: CapturedDisk) -> None:
