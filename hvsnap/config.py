@@ -12,7 +12,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Literal, get_args, get_origin
 from urllib.parse import unquote, urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -30,15 +30,16 @@ def _absolute(path: str) -> str:
     return path
 
 
-def _later(what: str) -> AfterValidator:
-    """Refuse what this release cannot do yet: better at the start than silently not done."""
-
-    def refuse(value: Any) -> Any:
-        if value:
-            raise ValueError(f"{what} is not in this release; leave it empty")
-        return value
-
-    return AfterValidator(refuse)
+def _listen(text: str) -> str:
+    if text:
+        parts = urlsplit(f"//{text}")
+        try:
+            port = parts.port
+        except ValueError:
+            port = None
+        if not parts.hostname or not port or parts.netloc != text or "@" in text:
+            raise ValueError("expected HOST:PORT, with [HOST]:PORT for IPv6, or empty for no metrics")
+    return text
 
 
 def _store_url(url: str) -> str:
@@ -213,7 +214,13 @@ class Mqtt(_Table):
 class Metrics(_Table):
     """The Prometheus endpoint."""
 
-    listen: Annotated[str, _later("the metrics endpoint")] = ""
+    listen: Annotated[str, AfterValidator(_listen)] = ""
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port to listen at; ``listen`` is not empty."""
+        parts = urlsplit(f"//{self.listen}")
+        return parts.hostname or "", parts.port or 0
 
 
 class Settings(_Table):

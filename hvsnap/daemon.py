@@ -10,9 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -30,11 +28,12 @@ from hvsnap.hypervisor import images
 from hvsnap.hypervisor.fleet import Fleet, Member
 from hvsnap.hypervisor.libvirt import LibvirtHypervisor
 from hvsnap.hypervisor.qmp import BareGuest, QmpHypervisor
+from hvsnap.metrics import Metrics, Sources
 from hvsnap.model import Layer
 from hvsnap.mqtt.publisher import MqttPublisher
 from hvsnap.restore.disk import DiskMaker
 from hvsnap.restore.rollback import Rollback
-from hvsnap.server import HttpServer, listen
+from hvsnap.server import HttpServer, listen, listen_tcp
 from hvsnap.service.announcer import Announcer
 from hvsnap.service.attendance import Attendance
 from hvsnap.service.captures import Captures, CaptureSettings
@@ -58,7 +57,7 @@ from hvsnap.service.uses import Uses
 from hvsnap.store.blocks import PackedBlocks, open_store
 from hvsnap.store.lease import WriterLease
 from hvsnap.store.opening import open_key, open_objects, writer_id
-from hvsnap.systemd import JournalFormatter, keep_alive, logs_to_journal, notify
+from hvsnap.systemd import keep_alive, notify, set_up_logging
 from hvsnap.upkeep.bond import Bond
 
 log = logging.getLogger(__name__)
@@ -300,16 +299,6 @@ def recover(settings: Settings) -> wire.Recovery:
     return asyncio.run(work())
 
 
-def set_up_logging() -> None:
-    """Log to standard error, as the journal wants it where that is the journal."""
-    handler = logging.StreamHandler(sys.stderr)
-    if logs_to_journal(os.environ, sys.stderr.fileno()):
-        handler.setFormatter(JournalFormatter())
-    else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.INFO)
-
-
 async def _run_until_signal(settings: Settings) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -323,6 +312,7 @@ async def serve(settings: Settings, stop: asyncio.Event, ready: Callable[[], Non
     async with assembled(settings) as house:
         if house.mqtt is not None:
             await house.mqtt.check()
+        measured = await _measured(house)
         await _settle_at_start(house)
         listening = await asyncio.to_thread(listen, Path(settings.socket), settings.socket_group)
         server = HttpServer(create_app(house.service), listening)
@@ -336,6 +326,7 @@ async def serve(settings: Settings, stop: asyncio.Event, ready: Callable[[], Non
             asyncio.create_task(house.scheduler.run(), name="scheduler"),
             asyncio.create_task(house.service.hooks.run(), name="hooks"),
             asyncio.create_task(keep_alive(), name="watchdog"),
+            *measured,
         ]
         # Not among the loops, which end first: the broker is told of what the end brings.
         mqtt = [] if house.mqtt is None else [asyncio.create_task(house.mqtt.run(), name="mqtt")]
@@ -351,6 +342,17 @@ async def serve(settings: Settings, stop: asyncio.Event, ready: Callable[[], Non
         finally:
             notify("STOPPING=1")
             await asyncio.shield(_end(house, server, serving, loops, mqtt))
+
+
+async def _measured(house: House) -> list[asyncio.Task[None]]:
+    """Listen for Prometheus, if it is to come."""
+    settings = house.settings
+    if not settings.metrics.listen:
+        return []
+    metrics = Metrics(Sources(house.catalog, house.service, house.mqtt, settings, SystemClock()))
+    house.catalog.on_event.append(metrics.event)
+    server = HttpServer(metrics, await asyncio.to_thread(listen_tcp, *settings.metrics.address))
+    return [asyncio.create_task(server.serve_until_cancelled(), name="metrics")]
 
 
 async def _settle_at_start(house: House) -> None:

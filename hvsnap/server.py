@@ -10,10 +10,10 @@ import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hvsnap.errors import ConfigInvalid, Failed, StoreBusy
@@ -28,20 +28,38 @@ PROBE_TIMEOUT_S = 2.0
 PATH_BYTES_MAX = 107  # sizeof(sockaddr_un.sun_path) - 1
 
 
+class Listening(Protocol):
+    """A socket that connections come to."""
+
+    @property
+    def socket(self) -> socket.socket:
+        """The socket itself."""
+        ...
+
+    def close(self) -> None:
+        """Listen no more."""
+        ...
+
+
 class ListeningSocket:
     """A Unix socket that exists under its name only once it is ready, and whose name goes with it."""
 
     def __init__(self, path: Path, sock: socket.socket) -> None:
         self.path = path
-        self.socket = sock
+        self._socket = sock
         self._identity = _identity(path)
+
+    @property
+    def socket(self) -> socket.socket:
+        """The socket itself."""
+        return self._socket
 
     def close(self) -> None:
         """Close it; the name is removed unless somebody else has taken it over."""
         with contextlib.suppress(FileNotFoundError):
             if _identity(self.path) == self._identity:
                 self.path.unlink()
-        self.socket.close()
+        self._socket.close()
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -122,6 +140,43 @@ def _bind(path: Path, gid: int) -> ListeningSocket:
     return ListeningSocket(path, sock)
 
 
+class ListeningTcp:
+    """A TCP socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+
+    @property
+    def socket(self) -> socket.socket:
+        """The socket itself."""
+        return self._socket
+
+    def close(self) -> None:
+        """Close it."""
+        self._socket.close()
+
+
+def listen_tcp(host: str, port: int) -> ListeningTcp:
+    """Listen for metrics; raises :class:`Failed`. Blocking (a name is looked up), at start only."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+            0
+        ]
+        sock = socket.socket(family, kind)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+            sock.listen(BACKLOG)
+            sock.setblocking(False)
+        except BaseException:
+            sock.close()
+            raise
+    except OSError as error:
+        hint = "check metrics.listen in the configuration"
+        raise Failed(f"cannot listen at {host} port {port}: {error.strerror or error}", hint=hint) from error
+    return ListeningTcp(sock)
+
+
 class _PatientProtocol(H11Protocol):
     """uvicorn's protocol, which by itself waits for ever for the first request of a connection."""
 
@@ -153,7 +208,7 @@ class _Server(uvicorn.Server):
 class HttpServer:
     """Serves an application on one listening socket until it is stopped."""
 
-    def __init__(self, app: FastAPI, listening: ListeningSocket) -> None:
+    def __init__(self, app: ASGIApp, listening: Listening) -> None:
         self._listening = listening
         self._server = _Server(
             uvicorn.Config(
@@ -180,6 +235,15 @@ class HttpServer:
     async def started(self) -> None:
         """Return once connections are accepted."""
         await self._server.ready.wait()
+
+    async def serve_until_cancelled(self) -> None:
+        """Serve, and end in good order when cancelled."""
+        serving = asyncio.create_task(self.serve(), name="serve")
+        try:
+            await asyncio.shield(serving)
+        finally:
+            self.stop()
+            await serving
 
     def stop(self) -> None:
         """Take no more requests, and let :meth:`serve` return."""

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 from collections.abc import Mapping
 
 PINGS = 3
@@ -34,6 +35,16 @@ def logs_to_journal(environment: Mapping[str, str], fd: int) -> bool:
         seen = os.fstat(fd)
         return environment.get("JOURNAL_STREAM", "") == f"{seen.st_dev}:{seen.st_ino}"
     return False
+
+
+def set_up_logging() -> None:
+    """Log to standard error, as the journal wants it where that is the journal."""
+    handler = logging.StreamHandler(sys.stderr)
+    if logs_to_journal(os.environ, sys.stderr.fileno()):
+        handler.setFormatter(JournalFormatter())
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
 
 
 def notify(state: str) -> None:

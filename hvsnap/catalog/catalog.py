@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvsnap.catalog import chain, policies, rows
+from hvsnap.catalog import chain, figures, policies, rows
 from hvsnap.catalog.blocks import Blocks
 from hvsnap.catalog.chain import IndexArray, Page
 from hvsnap.catalog.db import Database, Row, settled
@@ -267,6 +267,10 @@ class Catalog:
             while batch := await reader.read(sql, (*last, REFERENCES_AT_ONCE)):
                 last = (batch[-1][0], batch[-1][1])
                 yield await asyncio.to_thread(_block_ids, [row[2] for row in batch])
+
+    async def figures(self) -> figures.Figures:
+        """Return what monitoring asks for, summed up."""
+        return await figures.read(self._db)
 
     @contextlib.asynccontextmanager
     async def moment(self) -> AsyncIterator[Moment]:

@@ -34,6 +34,8 @@ CHANGES = {"started", "stopped", "release", "restore", "reconnect", "migrate", "
 OPERATIONS = CHANGES | {"prepare", "start"}
 """What is counted by its name; the rest is counted together, since its names are anybody's."""
 
+OTHER = "other"
+
 
 class Hooks:
     """Takes the hook's calls; ``wake`` has the guests looked at."""
@@ -53,7 +55,7 @@ class Hooks:
         self._seen[call.id] = None
         if len(self._seen) > SEEN_MAX:
             self._seen.popitem(last=False)
-        self.calls[call.operation if call.operation in OPERATIONS else "other"] += 1
+        self.calls[call.operation if call.operation in OPERATIONS else OTHER] += 1
         if call.refused:
             self.refused += 1
             log.warning("guest %.100s was kept from starting by its open rollback or overlay", ascii(call.guest))
