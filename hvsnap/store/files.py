@@ -14,6 +14,8 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
+from hvsnap.store.direct import Appender
+
 DIRECTORY_MODE = 0o700  # disks' contents are their owners' affair
 FILE_MODE = 0o600
 
@@ -49,15 +51,13 @@ class NewFile:
         self._directories = directories
         self._temporary = temporaries / secrets.token_hex(16)
         self._descriptor = -1
+        self._appender: Appender | None = None
         self._over = False
 
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes; the file is created with the first ones."""
         try:
-            self._require_open()
-            rest = memoryview(data).cast("B")
-            while rest:
-                rest = rest[os.write(self._descriptor, rest) :]
+            self._require_open().write(memoryview(data).cast("B"))
         except OSError:
             self.discard()
             raise
@@ -65,7 +65,7 @@ class NewFile:
     def publish(self) -> None:
         """Make the file durable, then give it its name; an existing file stays: :class:`FileExistsError`."""
         try:
-            self._require_open()
+            self._require_open().finish()
             os.fsync(self._descriptor)
             self._directories.make(self.path.parent)
             os.link(self._temporary, self.path)
@@ -80,6 +80,7 @@ class NewFile:
     def discard(self) -> None:
         """Close and remove the temporary name; what was published stays."""
         self._over = True
+        self._appender = None
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
             # The contents are synced or unwanted: nothing that closing could still report matters.
@@ -88,12 +89,14 @@ class NewFile:
             with contextlib.suppress(OSError):  # what stays is found by remove_all at the next start
                 self._temporary.unlink()
 
-    def _require_open(self) -> None:
+    def _require_open(self) -> Appender:
         if self._over:
             raise OSError(errno.EBADF, "it was finished or given up before")
-        if self._descriptor < 0:
+        if self._appender is None:
             self._directories.make(self._temporary.parent)
             self._descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+            self._appender = Appender(self._descriptor)
+        return self._appender
 
 
 def sync_directory(directory: Path) -> None:

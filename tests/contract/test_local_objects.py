@@ -15,6 +15,7 @@ import pytest
 
 from hvsnap.errors import NoSpace, NotFound, StoreFailed
 from hvsnap.store import files
+from hvsnap.store.direct import BUFFER_BYTES
 from hvsnap.store.objects import RESERVE, LocalObjects
 from tests.store_kit import skip_unless_root
 
@@ -169,7 +170,7 @@ async def test_a_cancelled_write_has_ended_before_its_file_is_thrown_away(
     await objects.put("first", b"1")  # the directories are there
     monkeypatch.setattr(files.os, "write", write)
     monkeypatch.setattr(files.os, "close", close)
-    task = asyncio.create_task(writer.write(b"1"))
+    task = asyncio.create_task(writer.write(bytes(BUFFER_BYTES)))
     await asyncio.to_thread(started.wait, 10)
     task.cancel()
     asyncio.get_running_loop().call_later(0.05, go_on.set)
