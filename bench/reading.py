@@ -30,7 +30,7 @@ async def read_all(image: Path, run_dir: Path) -> float:
     async with serve_image(str(image), "qcow2", run_dir=str(run_dir)) as export:
         found = await asyncio.to_thread(reader.scan, export, BLOCK_SIZE_DEFAULT)
         pages = Selection(found.data, None).work()
-        work: itertools.chain[Group] = itertools.chain.from_iterable(groups(page) for page in pages)
+        work: itertools.chain[Group] = itertools.chain.from_iterable(groups(page, BLOCK_SIZE_DEFAULT) for page in pages)
         done = 0
         began = time.monotonic()
         async with reader.read_chunks(export, found.size_bytes, BLOCK_SIZE_DEFAULT, work) as stream:

@@ -150,7 +150,7 @@ class Pipeline:
             if work.zero.size:
                 page.add(work.zero, np.zeros(work.zero.size, np.uint64))
             self._open[work.page] = page
-            yield from groups(work)
+            yield from groups(work, self._store.block_size)
 
     async def _work(self, stream: ChunkStream, meter: Meter) -> None:
         while (chunk := await stream.get()) is not None:

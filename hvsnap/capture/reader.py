@@ -20,15 +20,16 @@ import numpy as np
 import numpy.typing as npt
 
 from hvsnap.capture.blockset import BlockSet
-from hvsnap.capture.plan import GROUP_BLOCKS, Group, runs
+from hvsnap.capture.plan import Group, group_blocks, runs
 from hvsnap.errors import ReadFailed
 from hvsnap.model import PAGE_BLOCKS
 from hvsnap.ports import NbdExport
 
 CONNECTIONS = 4
 REQUEST_BYTES = 256 * 1024
-BUFFERS = 12
-"""Buffers of a group each: 24 MiB at the default block size, whatever the disk's size."""
+BUFFERS = 10
+"""Buffers of a group each: 40 MiB, whatever the disk's size and the block's. Four are being filled, four are with the
+store's workers, two are on their way."""
 
 STATUS_BYTES_MAX = 1 << 30
 """Bytes that one block-status request asks about: NBD's field has 32 bits, and a reply's extents take memory."""
@@ -172,7 +173,7 @@ class ChunkStream:
         self._running = CONNECTIONS
         self._failure: BaseException | None = None
         for _ in range(BUFFERS):
-            self._pool.put(memoryview(bytearray(GROUP_BLOCKS * block_size)))
+            self._pool.put(memoryview(bytearray(group_blocks(block_size) * block_size)))
         self._threads = [
             threading.Thread(target=self._read_all, name=f"hvsnap-read-{i}", daemon=True) for i in range(CONNECTIONS)
         ]
@@ -259,7 +260,7 @@ class ChunkStream:
 
     def _give_back(self, handle: Any, group: Group) -> Iterator[int]:
         """Discard what has been read: whoever holds the instant need not keep it for us any more."""
-        for _position, first, blocks in runs(group.index, GROUP_BLOCKS):
+        for _position, first, blocks in runs(group.index, group.index.size):
             offset = (group.page * PAGE_BLOCKS + first) * self._block_size
             yield handle.aio_trim(min(blocks * self._block_size, self._size_bytes - offset), offset)
 

@@ -264,7 +264,7 @@ class Rollback:
     ) -> None:
         key = self._store.repository.keys.block
         block_size = self._store.block_size
-        work = (group for page in Selection(data, None).work() for group in groups(page))
+        work = (group for page in Selection(data, None).work() for group in groups(page, block_size))
         async with read_chunks(export, size_bytes, block_size, work) as stream:
             while (chunk := await stream.get()) is not None:
                 try:
