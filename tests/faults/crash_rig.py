@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 from xml.etree import ElementTree
 
 import httpx
@@ -45,6 +45,11 @@ from tests.faults.killing_daemon import Order
 from tests.guest.domain import DiskSpec, Guest, make_image
 from tests.guest.image import GuestImage
 from tests.guest.libvirtd import Libvirtd, host_pids, wait_for
+
+Case = TypeVar("Case")
+
+EVERY = bool(os.environ.get("HVSNAP_TEST_ALL"))
+"""Whether everything is to be killed everywhere (about an hour), instead of a sample that is the same each time."""
 
 MIB = 1 << 20
 SIZE = 12 * MIB + 512 * 33
@@ -357,6 +362,16 @@ class CrashRig:
         time.sleep(1)
         self.boot()
 
+    def answer_again(self) -> None:
+        """Return when the shell of a restored guest answers: it notices its lost connection at some time."""
+        for _ in range(10):
+            try:
+                self.guest.run("true", 3)
+                return
+            except (TimeoutError, OSError):
+                self.guest._disconnect()
+        raise TimeoutError("the restored guest's shell does not answer")
+
     def retire(self) -> None:
         """Take no part in further tests."""
         self.retired = True
@@ -595,10 +610,17 @@ def thinned(points: Sequence[tuple[str, int, str]]) -> list[tuple[str, int, str]
     return [one for one in points if one[1] <= 2 or one[1] in (last[one[0]] // 2, last[one[0]])]
 
 
+def some(cases: Sequence[Case], count: int) -> list[Case]:
+    """Return all cases if HVSNAP_TEST_ALL is set, else so many of them, from all over the list."""
+    if EVERY:
+        return list(cases)
+    return [cases[number * len(cases) // count] for number in range(count)]
+
+
 def chosen(orders: Sequence[Order], count: int, random: Random) -> list[Order]:
     """Return all orders if HVSNAP_TEST_ALL is set, else a sample that takes every kind of call before any twice."""
     orders = random.sample(list(orders), len(orders))
-    if os.environ.get("HVSNAP_TEST_ALL"):
+    if EVERY:
         return orders
     seen: set[str] = set()
     first = [one for one in orders if not (one.name in seen or seen.add(one.name))]  # type: ignore[func-returns-value]

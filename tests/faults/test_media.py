@@ -11,17 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
+import httpx
 import pytest
 
 from hvsnap import wire
 from hvsnap.errors import HvsnapError
 from tests.conftest import short_directory
-from tests.faults.crash_rig import MIB, CrashRig, Rigs, chosen
+from tests.faults.crash_rig import EVERY, MIB, CrashRig, Rigs, chosen, some
 from tests.faults.killing_daemon import Order
 from tests.guest.image import GuestImage
 from tests.guest.libvirtd import Libvirtd, wait_for
 
-pytestmark = pytest.mark.timeout(0 if os.environ.get("HVSNAP_TEST_ALL") else 300)
+pytestmark = pytest.mark.timeout(0 if EVERY else 300)
 SEED = int(os.environ.get("E2E_SEED", "20260714"))
 
 
@@ -54,7 +55,7 @@ def test_store_that_fails_once_fails_the_snapshot_and_nothing_else(rigs: Rigs) -
         assert len(calls) >= 4
         orders = [Order("fail", name, nth, "before") for name, nth, _side in calls]
         failed = 0
-        for order in chosen(orders, 4, Random(SEED)):
+        for order in chosen(orders, 3, Random(SEED)):
             known = set(rig.snapshots())
             rig.write_on()
             rig.order(order)
@@ -62,10 +63,10 @@ def test_store_that_fails_once_fails_the_snapshot_and_nothing_else(rigs: Rigs) -
             rig.disarm()
             rig.stop_writing()
             rig.check([one for one in rig.snapshots() if one not in known])
-        assert failed >= 2
+        assert failed >= 1  # a directory that is known to be durable is not synced again
 
 
-@pytest.mark.parametrize("nth", [1, 3, 6])
+@pytest.mark.parametrize("nth", some([3, 1, 6], 1))
 def test_kernel_that_cannot_sync_once(rigs: Rigs, nth: int) -> None:
     """The n-th fsync or fdatasync of the whole daemon fails, its catalog's included."""
     with rigs.lent() as rig:
@@ -85,6 +86,27 @@ def test_kernel_that_cannot_sync_once(rigs: Rigs, nth: int) -> None:
         rig.check([one for one in rig.snapshots() if one not in known])
 
 
+@pytest.mark.parametrize("nth", some([7, 1, 2, 4, 12, 20, 33, 50], 2))
+def test_killed_in_a_system_call(rigs: Rigs, nth: int) -> None:
+    """The n-th write or sync of a file by its offset, which is SQLite's way to write, is the daemon's last call."""
+    with rigs.lent() as rig:
+        known = set(rig.snapshots())
+        rig.write_on()
+        inject = f"inject=pwrite64,fsync,fdatasync:signal=SIGKILL:when={nth}"
+        argv = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", inject, "-p", str(rig.daemon.pid)]
+        tracer = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(lambda: traced(rig.daemon.pid), "strace")
+        with contextlib.suppress(HvsnapError, httpx.HTTPError, RuntimeError):
+            attempt(rig)
+        if rig.daemon.alive():
+            tracer.send_signal(signal.SIGINT)
+        tracer.wait(20)
+        if not rig.daemon.alive():
+            rig.restart()
+        rig.stop_writing()
+        rig.check([one for one in rig.snapshots() if one not in known])
+
+
 def traced(pid: int) -> bool:
     with open(f"/proc/{pid}/status") as status:
         return any(line.startswith("TracerPid:") and int(line.split()[1]) != 0 for line in status)
@@ -93,8 +115,9 @@ def traced(pid: int) -> bool:
 # -- the source -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("once", ["on", "off"])
-@pytest.mark.parametrize("method", ["bitmap", "full"])
+@pytest.mark.parametrize(
+    ("method", "once"), some([("bitmap", "on"), ("bitmap", "off"), ("full", "off"), ("full", "on")], 2)
+)
 def test_unreadable_sector_fails_the_snapshot(rigs: Rigs, method: str, once: str) -> None:
     """Never zeroes in its place; the next snapshot, once the disk can be read, misses nothing."""
     with rigs.lent() as rig:

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from tests.e2e.oracle import Bytes, check_same, converted, random_operation
-from tests.faults.crash_rig import CrashDisk, CrashRig, chosen, with_during
+from tests.faults.crash_rig import EVERY, CrashDisk, CrashRig, chosen, with_during
 from tests.faults.killing_daemon import Order
 from tests.guest.image import GuestImage
 from tests.guest.libvirtd import Libvirtd
 
-pytestmark = pytest.mark.timeout(0 if os.environ.get("HVSNAP_TEST_ALL") else 300)
+pytestmark = pytest.mark.timeout(0 if EVERY else 300)
 SEED = int(os.environ.get("E2E_SEED", "20260714"))
 
 
@@ -139,7 +139,7 @@ def test_killed_anywhere_in_a_new_disk(rig: OffRig) -> None:
         path().unlink()
         return died
 
-    sweep(rig, action, 12, cycle)
+    sweep(rig, action, 6, cycle)
 
 
 def rollback_action(rig: OffRig, snapshot: str, **options: bool) -> Callable[[], None]:
@@ -187,7 +187,7 @@ def test_killed_anywhere_in_a_rollback(rig: OffRig, safety: bool) -> None:
         return died
 
     rig.change()
-    sweep(rig, rollback_action(rig, targets[0], safety_snapshot=safety), 10, cycle)
+    sweep(rig, rollback_action(rig, targets[0], safety_snapshot=safety), 4 if safety else 10, cycle)
     rig.boot()
     rig.disk.replica.data[:] = rig.present()
     rig.disk.forget()
