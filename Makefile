@@ -9,7 +9,7 @@ SHELL := /bin/bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 SOURCES := hvsnap tests bench
-AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=PYTHONUNBUFFERED,HVSNAP_TEST_CACHE,HVSNAP_BENCH_CACHE,E2E_SEED,HYPOTHESIS_PROFILE,CI)
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=PYTHONUNBUFFERED,HVSNAP_TEST_CACHE,HVSNAP_TEST_ALL,HVSNAP_BENCH_CACHE,E2E_SEED,HYPOTHESIS_PROFILE,CI)
 export PYTHONUNBUFFERED := 1
 
 # A few more words for pytest: make test ARGS="-k rollback"
