@@ -23,6 +23,7 @@ from typing import Any
 from bench.disk import cache
 from bench.peers import Virtnbdbackup
 from bench.stage import Stage, run, stage
+from bench.weight import low_weight
 from hvsnap.hypervisor import images
 from hvsnap.hypervisor.libvirt import LibvirtHypervisor
 from hvsnap.model import GuestUuid
@@ -70,6 +71,9 @@ class Impact:
                 await self._compare("redirect, overlay of plain clusters", guest, plain)
                 await self._compare("libvirt pull backup", guest, self._pulled(guest, one.disk))
                 await self._compare("hvsnap, copying", guest, self._hvsnap(one))
+                with low_weight(one.daemon.pid) as is_low:
+                    if is_low:
+                        await self._compare("hvsnap, copying, CPUWeight=20", guest, self._hvsnap(one))
                 await self._compare("virtnbdbackup, copying", guest, self._virtnbdbackup(one))
         finally:
             await hypervisor.close()
