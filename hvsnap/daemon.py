@@ -156,10 +156,8 @@ async def _furnish(
     tasks = Tasks(group, clock, announcer)
     feed = Feed(catalog, tasks, await newest_sequence(catalog))
     announcer.listeners.append(feed)
-    captures = Captures(
-        group, hypervisor, catalog, store, inventory, uses, announcer, clock, _capture_settings(settings, private)
-    )
-    guard = StartGuard(Path(settings.state_dir))
+    guard, capture = StartGuard(Path(settings.state_dir)), _capture_settings(settings, private)
+    captures = Captures(group, hypervisor, catalog, store, inventory, uses, announcer, clock, capture, guard)
     maker, roller = DiskMaker(catalog, store, private), Rollback(hypervisor, catalog, store, private, guard)
     restores = RestoreRecovery(catalog, maker, roller, uses, guard)
     recovery = Recovery(catalog, [captures.recover, restores.recover], captures.give_way)

@@ -19,6 +19,7 @@ from hvsnap.catalog.catalog import Catalog
 from hvsnap.config import Settings
 from hvsnap.daemon import SystemClock, assembled, close_in_time, members, private_directory
 from hvsnap.errors import HvsnapError
+from hvsnap.guard import StartGuard
 from hvsnap.hypervisor.fleet import Fleet
 from hvsnap.model import Operation
 from hvsnap.service.recovery import Only, Recovery, disks_of_image, operations_on
@@ -43,7 +44,7 @@ async def _recover_image(settings: Settings, image: str) -> wire.Recovery:
             private = await asyncio.to_thread(private_directory, settings.run_dir)
             fleet = Fleet(members(settings, catalog, lambda *_event: None, str(private)))
             stack.push_async_callback(close_in_time, fleet)
-            settle = Settle(fleet, Freezer(fleet, catalog), catalog)
+            settle = Settle(fleet, Freezer(fleet, catalog), catalog, StartGuard(Path(settings.state_dir)))
 
             async def settle_open(only: Only) -> list[tuple[Operation, HvsnapError | None]]:
                 return await settle.settle_open(lambda one: only is not None and one.id not in only)

@@ -20,6 +20,7 @@ from hvsnap.capture.record import DiskPlan, Recorder
 from hvsnap.capture.space import SpaceLimits, check, watch
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import AgentMissing, AgentUnavailable, HypervisorFailed
+from hvsnap.guard import OVERLAY, Bar, StartGuard
 from hvsnap.hypervisor import images
 from hvsnap.hypervisor.image_lock import images_locked
 from hvsnap.model import Consistency, GuestUuid, OperationId
@@ -44,12 +45,19 @@ class Capture:
     """Carries out one :class:`CaptureOrder`."""
 
     def __init__(
-        self, hypervisor: Hypervisor, freezer: Freezer, catalog: Catalog, recorder: Recorder, order: CaptureOrder
+        self,
+        hypervisor: Hypervisor,
+        freezer: Freezer,
+        catalog: Catalog,
+        recorder: Recorder,
+        guard: StartGuard,
+        order: CaptureOrder,
     ) -> None:
         self._hypervisor = hypervisor
         self._freezer = freezer
         self._catalog = catalog
         self._recorder = recorder
+        self._guard = guard
         self._order = order
         self._plans: Sequence[DiskPlan] = order.disks
         self._fleece: Fleece | None = None
@@ -91,6 +99,7 @@ class Capture:
             await images.bitmap_add(captured.overlay, OPEN_MARKER, order.block_size, disabled=True)
         consistency, note = await self._switch_consistently()
         await self._check_switched()
+        await self._bar()
         await self._step(Step.READING)
         return consistency, note
 
@@ -157,6 +166,12 @@ class Capture:
             expected = [plan.captured.overlay, plan.captured.base]
             if shown.get(plan.captured.target) != expected:
                 raise HypervisorFailed(f"disk {plan.captured.target} is on {shown.get(plan.captured.target)}")
+
+    async def _bar(self) -> None:
+        """From here on the guest starts from its overlays, or not at all, whatever becomes of its definition."""
+        for plan in self._order.disks:
+            disk = await self._catalog.disk(plan.captured.disk)
+            await self._guard.bar(Bar.of(disk, OVERLAY, overlay=plan.captured.overlay))
 
     @contextlib.asynccontextmanager
     async def _held_offline(self) -> AsyncIterator[tuple[Consistency, str]]:

@@ -19,6 +19,7 @@ from hvsnap.capture.freeze import Freezer
 from hvsnap.capture.merge import POLL_S_FIRST, POLL_S_MAX, Action, Merge, attached
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import Busy, Failed, HvsnapError, HypervisorUnreachable, NotFound
+from hvsnap.guard import OVERLAY, StartGuard
 from hvsnap.happenings import EventType, snapshot_payload
 from hvsnap.hypervisor import images
 from hvsnap.model import GuestUuid, Operation, State
@@ -31,6 +32,9 @@ ATTEMPTS = 4
 
 RETRY_S = 1.0
 
+BEFORE_THE_MERGE = {Action.START_COMMIT, Action.WAIT}
+"""What is done while only the overlay is the newest: a guest that was started from the image would lose that."""
+
 _NOT_SWITCHED = (Step.BITMAPS, Step.OVERLAYS, Step.FREEZING)
 """Steps before a guest can have been switched to an overlay."""
 
@@ -38,10 +42,11 @@ _NOT_SWITCHED = (Step.BITMAPS, Step.OVERLAYS, Step.FREEZING)
 class Settle:
     """Brings open captures to their end. Never raises away what is open: an error leaves the journal's entry."""
 
-    def __init__(self, hypervisor: Hypervisor, freezer: Freezer, catalog: Catalog) -> None:
+    def __init__(self, hypervisor: Hypervisor, freezer: Freezer, catalog: Catalog, guard: StartGuard) -> None:
         self._hypervisor = hypervisor
         self._freezer = freezer
         self._catalog = catalog
+        self._guard = guard
         self._merge = Merge(hypervisor)
 
     async def settle(self, operation: Operation, error: str = "interrupted") -> None:
@@ -125,6 +130,9 @@ class Settle:
             pivot_asked, asked = disk.target in facts.pivoting, facts.asked.get(disk.target, "")
             try:
                 action = await self._merge.decide(operation.guest_uuid, disk, pivot_asked=pivot_asked, asked=asked)
+                if action not in BEFORE_THE_MERGE:
+                    # Soon the image is the newest again, and after a crash the guest must start from it.
+                    await self._guard.lift(disk.disk, OVERLAY)
                 if action is Action.DONE:
                     return
                 if action is Action.PIVOT and not pivot_asked:

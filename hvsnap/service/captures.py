@@ -16,6 +16,7 @@ from hvsnap.capture.freeze import Freezer
 from hvsnap.capture.settle import Settle
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import HvsnapError, Refused, Stopping
+from hvsnap.guard import StartGuard
 from hvsnap.happenings import EventType, snapshot_payload
 from hvsnap.model import (
     Disk,
@@ -60,6 +61,7 @@ class Captures:
         publisher: Publisher,
         clock: Clock,
         settings: CaptureSettings,
+        guard: StartGuard,
     ) -> None:
         self._group = group
         self._catalog = catalog
@@ -76,8 +78,8 @@ class Captures:
             sealed=store.repository.sealed,
         )
         self._freezer = Freezer(hypervisor, catalog)
-        self._planner = Planner(hypervisor, self._freezer, catalog, store, clock, settings, self._report)
-        self._settle = Settle(hypervisor, self._freezer, catalog)
+        self._planner = Planner(hypervisor, self._freezer, catalog, store, clock, settings, guard, self._report)
+        self._settle = Settle(hypervisor, self._freezer, catalog, guard)
         self._turns = asyncio.Semaphore(settings.parallel)
         self._admitting = asyncio.Lock()
         self._recovering = asyncio.Lock()

@@ -16,6 +16,7 @@ from hvsnap.capture.record import DiskPlan, Recorder
 from hvsnap.capture.space import SpaceLimits
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import ForeignJob, Refused
+from hvsnap.guard import StartGuard
 from hvsnap.hypervisor import images
 from hvsnap.model import Bitmap, Disk, OperationId, Progress, Snapshot
 from hvsnap.ports import Clock, Hypervisor
@@ -49,6 +50,7 @@ class Planner:
         store: PackedBlocks,
         clock: Clock,
         settings: CaptureSettings,
+        guard: StartGuard,
         report: Callable[[Progress], None],
     ) -> None:
         self._hypervisor = hypervisor
@@ -57,6 +59,7 @@ class Planner:
         self._store = store
         self._clock = clock
         self._settings = settings
+        self._guard = guard
         self._report = report
 
     async def check(self, found: Sequence[Found]) -> None:
@@ -96,7 +99,7 @@ class Planner:
             space=self._settings.space,
             block_size=self._store.block_size,
         )
-        return operation.id, Capture(self._hypervisor, self._freezer, self._catalog, recorder, order)
+        return operation.id, Capture(self._hypervisor, self._freezer, self._catalog, recorder, self._guard, order)
 
     async def _plan(self, disk: Disk, snapshot: Snapshot, mode: Mode, run: Run, block_size: int) -> DiskPlan:
         """Decide how one disk is captured; raises :class:`ForeignJob` when somebody else is at work on it."""

@@ -68,7 +68,8 @@ class Host:
         return sorted((self.daemon.directory / "state" / "spool" / "hooks").glob("*.json"))
 
     def markers(self) -> list[str]:
-        return os.listdir(self.daemon.directory / "state" / "guard")
+        guard = self.daemon.directory / "state" / "guard"
+        return os.listdir(guard) if guard.exists() else []
 
     def content(self) -> bytes:
         """Return the bytes that the image holds anywhere, each once."""
@@ -241,3 +242,64 @@ def test_a_guest_does_not_start_in_a_rollback_and_starts_after_its_recovery(host
     assert host.content() == bytes([1])
     host.guest.start()
     assert host.guest.active
+
+
+def test_a_guest_does_not_start_from_below_its_overlay_whatever_its_definition_says(host: Host) -> None:
+    """kill -9 of the daemon and of QEMU in a capture, and somebody defines the guest as it was before."""
+    host.libvirtd.start()
+    host.guest.define()
+    host.install()
+    with host.libvirtd.down():
+        pass
+    host.daemon.start(str(host.control))
+    host.guest.start()
+    as_it_was = host.guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    Order("kill", "nbd.start", id="one").write(host.control)
+    host.daemon.begin("web01")
+    wait_for(lambda: not host.daemon.alive(), "the end of the daemon")
+    host.guest.qemu_io(0, "write -P 9 0 1M")
+    host.guest.qemu_io(0, "flush")
+    host.guest.kill()
+    (marker,) = host.markers()
+    assert marker.endswith(".overlay")
+    on_overlay = host.guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    assert ".overlay" in on_overlay
+    connection = libvirt.open(host.libvirtd.uri)
+    connection.defineXML(as_it_was)
+    with pytest.raises(libvirt.libvirtError) as refused:
+        host.guest.domain().create()
+    assert "the newest data of disk vda is in" in str(refused.value)
+    connection.defineXML(on_overlay)
+    host.guest.start()
+    assert "Pattern verification failed" not in host.guest.qemu_io(0, "read -P 9 0 1M")
+    host.control.unlink()
+    host.daemon.start(str(host.control))
+    host.daemon.settled()
+    assert host.markers() == []
+    host.guest.destroy()
+    assert bytes([9]) in host.content()
+    (made,) = host.daemon.snapshot("web01")
+    assert host.daemon.restored(made.id, host.directory)[: 1 << 20] == bytes([9]) * (1 << 20)
+    host.guest.start()
+
+
+def test_markers_of_captures_come_and_go(host: Host) -> None:
+    """A guest is started and stopped around captures, with the hook, and is never refused."""
+    host.libvirtd.start()
+    host.guest.define()
+    host.install()
+    with host.libvirtd.down():
+        pass
+    host.daemon.start()
+    for at_once in (True, False, False):
+        host.guest.start()
+        host.guest.qemu_io(0, "write -P 3 0 1M")
+        snapshots = host.daemon.begin("web01")
+        if not at_once:
+            wait_for(lambda: host.markers() != [] or host.daemon.status().captures == 0, "the capture")
+        host.guest.destroy()
+        host.guest.start()
+        host.daemon.ended(snapshots)
+        host.daemon.settled()
+        assert host.markers() == []
+        host.guest.destroy()

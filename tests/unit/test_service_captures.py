@@ -12,6 +12,7 @@ import pytest
 from hvsnap.capture.space import SpaceLimits
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import CaptureRunning, ChainFull
+from hvsnap.guard import StartGuard
 from hvsnap.model import Consistency, Disk, GuestState, Snapshot, State
 from hvsnap.service.captures import Captures, CaptureSettings
 from hvsnap.service.inventory import Inventory
@@ -47,13 +48,14 @@ async def house(workdir: Path) -> AsyncIterator[House]:
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1M"], check=True)
     clock = StoppedClock()
     settings = CaptureSettings(str(workdir), "", 1, SNAPSHOTS_MAX, 5.0, SpaceLimits(0, 0))
+    guard = StartGuard(workdir)
     async with a_catalog(workdir, clock) as catalog:
         hypervisor = FakeHypervisor(a_guest(a_view(path=str(image)), state=GuestState.OFF))
         store = await open_store(MemoryObjects(), catalog, compression="zstd:1")
         async with asyncio.TaskGroup() as group:
             inventory = Inventory(hypervisor, catalog, clock)
             yield House(
-                catalog, Captures(group, hypervisor, catalog, store, inventory, Uses(), Heard(), clock, settings)
+                catalog, Captures(group, hypervisor, catalog, store, inventory, Uses(), Heard(), clock, settings, guard)
             )
         await store.close()
 
