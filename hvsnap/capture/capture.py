@@ -15,7 +15,7 @@ from hvsnap.capture.facts import Mode, Step
 from hvsnap.capture.fleece import Fleece
 from hvsnap.capture.freeze import Freezer
 from hvsnap.capture.pipeline import Totals
-from hvsnap.capture.pivot import OPEN_MARKER
+from hvsnap.capture.pivot import create_overlay
 from hvsnap.capture.record import DiskPlan, Recorder
 from hvsnap.capture.space import SpaceLimits, check, watch
 from hvsnap.catalog.catalog import Catalog
@@ -93,10 +93,9 @@ class Capture:
             await images.sync_image(plan.captured.base)
         await self._add_bitmaps()
         await self._step(Step.OVERLAYS)
+        bare = (await self._hypervisor.guest(order.guest)).instance is not None
         for plan in order.disks:
-            captured = plan.captured
-            await images.create_overlay(captured.overlay, captured.base, captured.base_format)
-            await images.bitmap_add(captured.overlay, OPEN_MARKER, order.block_size, disabled=True)
+            await create_overlay(plan.captured, order.block_size, bare=bare)
         consistency, note = await self._switch_consistently()
         await self._check_switched()
         await self._bar()

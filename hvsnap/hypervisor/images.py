@@ -39,6 +39,8 @@ class ImageInfo:
     backing_format: str | None
     encrypted: bool
     holds_bitmaps: bool
+    dirty: bool = False
+    """Written to and not closed in good order; only images made with lazy reference counts say so."""
 
     def bitmap(self, name: str) -> Bitmap | None:
         """Return the bitmap of that name."""
@@ -75,6 +77,7 @@ async def image_info(path: str, image_format: str) -> ImageInfo:
         encrypted=bool(raw.get("encrypted")),
         # Version 2 of qcow2 ("compat 0.10") has no extensions, and so no bitmaps.
         holds_bitmaps=raw["format"] == "qcow2" and specific.get("compat") != "0.10",
+        dirty=bool(raw.get("dirty-flag")),
     )
 
 
@@ -105,14 +108,16 @@ async def remove(path: str) -> None:
     await asyncio.to_thread(Path(path).unlink, missing_ok=True)
 
 
-async def create_overlay(path: str, base_path: str, base_format: str) -> None:
+async def create_overlay(path: str, base_path: str, base_format: str, *, lazy: bool = False) -> None:
     """Create an empty overlay over ``base_path``, owned like it; raises :class:`TargetExists`.
 
+    With ``lazy`` reference counts it says of itself whether it was closed in good order (:attr:`ImageInfo.dirty`).
     Nothing is left behind when it fails.
     """
     await asyncio.to_thread(_create_empty, path, base_path)
     try:
-        options = ("-o", OVERLAY_OPTIONS, "-b", base_path, "-F", base_format)
+        features = f"{OVERLAY_OPTIONS},lazy_refcounts=on" if lazy else OVERLAY_OPTIONS
+        options = ("-o", features, "-b", base_path, "-F", base_format)
         await run("qemu-img", "create", "-q", "-f", "qcow2", *options, path)
     except BaseException:
         await asyncio.shield(remove(path))
