@@ -37,10 +37,14 @@ def logs_to_journal(environment: Mapping[str, str], fd: int) -> bool:
     return False
 
 
+STANDARD_ERROR = 2
+"""Its descriptor, which the journal's is told by, whatever object Python writes to."""
+
+
 def set_up_logging() -> None:
     """Log to standard error, as the journal wants it where that is the journal."""
     handler = logging.StreamHandler(sys.stderr)
-    if logs_to_journal(os.environ, sys.stderr.fileno()):
+    if logs_to_journal(os.environ, STANDARD_ERROR):
         handler.setFormatter(JournalFormatter())
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

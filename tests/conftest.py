@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,11 @@ import pytest
 from tests.guest.domain import DiskSpec, Guest
 from tests.guest.image import GuestImage, build
 from tests.guest.libvirtd import Libvirtd
+
+
+# A run in the background of a script has SIGINT ignored, and its children with it: Ctrl-C would do nothing anywhere.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def short_directory() -> Path:
