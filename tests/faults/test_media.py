@@ -72,16 +72,11 @@ def test_kernel_that_cannot_sync_once(rigs: Rigs, nth: int) -> None:
     with rigs.lent() as rig:
         known = set(rig.snapshots())
         rig.write_on()
-        inject = f"inject=fsync,fdatasync:error=EIO:when={nth}"
-        argv = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", inject, "-p", str(rig.daemon.pid)]
-        tracer = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            wait_for(lambda: traced(rig.daemon.pid), "strace")
-            with contextlib.suppress(HvsnapError):  # it may be the request's own transaction
-                attempt(rig)
-        finally:
-            tracer.send_signal(signal.SIGINT)
-            tracer.wait()
+        with (
+            injected(rig.daemon.pid, f"fsync,fdatasync:error=EIO:when={nth}"),
+            contextlib.suppress(HvsnapError),  # it may be the request's own transaction
+        ):
+            attempt(rig)
         rig.stop_writing()
         rig.check([one for one in rig.snapshots() if one not in known])
 
@@ -92,19 +87,32 @@ def test_killed_in_a_system_call(rigs: Rigs, nth: int) -> None:
     with rigs.lent() as rig:
         known = set(rig.snapshots())
         rig.write_on()
-        inject = f"inject=pwrite64,fsync,fdatasync:signal=SIGKILL:when={nth}"
-        argv = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", inject, "-p", str(rig.daemon.pid)]
-        tracer = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_for(lambda: traced(rig.daemon.pid), "strace")
-        with contextlib.suppress(HvsnapError, httpx.HTTPError, RuntimeError):
+        with (
+            injected(rig.daemon.pid, f"pwrite64,fsync,fdatasync:signal=SIGKILL:when={nth}"),
+            contextlib.suppress(HvsnapError, httpx.HTTPError, RuntimeError),
+        ):
             attempt(rig)
-        if rig.daemon.alive():
-            tracer.send_signal(signal.SIGINT)
-        tracer.wait(20)
-        if not rig.daemon.alive():
-            rig.restart()
+        rig.daemon.kill()
+        rig.restart()
         rig.stop_writing()
         rig.check([one for one in rig.snapshots() if one not in known])
+
+
+@contextlib.contextmanager
+def injected(pid: int, what: str) -> Iterator[None]:
+    """Have strace inject something into the system calls of a process, which goes on without it afterwards."""
+    argv = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"inject={what}", "-p", str(pid)]
+    tracer = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: traced(pid), "strace")
+        yield
+    finally:
+        tracer.send_signal(signal.SIGINT)
+        try:
+            tracer.wait(10)
+        except subprocess.TimeoutExpired:  # it may hang over a tracee that was killed, which nobody can reap then
+            tracer.kill()
+            tracer.wait()
 
 
 def traced(pid: int) -> bool:
