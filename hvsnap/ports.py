@@ -44,8 +44,8 @@ class ObjectInfo:
 class ObjectWriter(Protocol):
     """An object being written. It exists for nobody before :meth:`commit` returned."""
 
-    async def write(self, data: bytes | memoryview) -> None:
-        """Append bytes."""
+    async def write(self, *pieces: bytes | memoryview) -> None:
+        """Append bytes, piece after piece."""
         ...
 
     async def commit(self) -> None:

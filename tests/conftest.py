@@ -14,7 +14,6 @@ from tests.guest.domain import DiskSpec, Guest
 from tests.guest.image import GuestImage, build
 from tests.guest.libvirtd import Libvirtd
 
-
 # A run in the background of a script has SIGINT ignored, and its children with it: Ctrl-C would do nothing anywhere.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

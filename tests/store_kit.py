@@ -74,8 +74,9 @@ class _MemoryWriter:
         self._name = name
         self._data: bytearray | None = bytearray()
 
-    async def write(self, data: bytes | memoryview) -> None:
-        self._open().extend(data)
+    async def write(self, *pieces: bytes | memoryview) -> None:
+        for piece in pieces:
+            self._open().extend(piece)
 
     async def commit(self) -> None:
         data, self._data = self._open(), None
@@ -115,9 +116,9 @@ class _WatchedWriter:
         self._inner = inner
         self.abort = inner.abort
 
-    async def write(self, data: bytes | memoryview) -> None:
+    async def write(self, *pieces: bytes | memoryview) -> None:
         await self._watched.before("write", self._name)
-        await self._inner.write(data)
+        await self._inner.write(*pieces)
 
     async def commit(self) -> None:
         await self._watched.before("commit", self._name)

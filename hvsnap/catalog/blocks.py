@@ -281,7 +281,7 @@ class Blocks:
     async def _indexed(self, prefixes: Prefixes) -> UInt64Array:
         """Return the ids that the index holds for prefixes."""
         sql = "SELECT d.block FROM json_each(?) j CROSS JOIN digests d ON d.prefix = j.value"
-        found = await self._db.read(sql, (json.dumps(np.unique(prefixes).tolist()),))
+        found = await self._db.read(sql, (json.dumps(prefixes.tolist()),))
         return np.array([row[0] for row in found], np.uint64)
 
     async def digests_of_present(self, ids: UInt64Array) -> list[tuple[int, bytes]]:

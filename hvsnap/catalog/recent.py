@@ -52,8 +52,11 @@ class Recent:
 
     def candidates(self, prefixes: Prefixes) -> UInt64Array:
         """Return the ids of all blocks with one of these prefixes."""
-        first = np.searchsorted(self.prefixes, prefixes, "left")
-        last = np.searchsorted(self.prefixes, prefixes, "right")
-        hit = np.flatnonzero(last > first)
-        parts = [self.ids[first[at] : last[at]] for at in hit]
+        if not len(self):
+            return self.ids
+        first = np.searchsorted(self.prefixes, prefixes)
+        there = self.prefixes[np.minimum(first, len(self) - 1)] == prefixes  # most are not
+        first = first[there]
+        last = np.searchsorted(self.prefixes, prefixes[there], "right")
+        parts = [self.ids[start:end] for start, end in zip(first, last, strict=True)]
         return np.concatenate(parts) if parts else np.zeros(0, np.uint64)

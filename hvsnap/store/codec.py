@@ -29,11 +29,16 @@ GAIN_SHARE = 32
 
 @dataclass(frozen=True, slots=True)
 class StoredBatch:
-    """Stored blocks, one after another in ``data``."""
+    """Stored blocks, one after another in ``pieces``: never copied together, they are gigabytes."""
 
-    data: bytes
+    pieces: list[bytes | memoryview]
     lengths: list[int]
     flags: list[int]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all blocks as they are stored."""
+        return sum(self.lengths)
 
 
 def nonzero_blocks(data: memoryview, block_size: int) -> list[int]:
@@ -70,18 +75,19 @@ class Codec:
         ]
         frames = self._compressor().multi_compress_to_buffer(blocks, threads=1)
         worth = self._block_size - self._block_size // GAIN_SHARE
-        pieces: list[memoryview | bytes] = []
+        pieces: list[bytes | memoryview] = []
         flags: list[int] = []
         for number, block in enumerate(blocks):
             frame = frames[number]
             gained = len(frame) <= worth
-            pieces.append(memoryview(frame) if gained else block)  # type: ignore[arg-type]  # has the buffer protocol
+            # The frames' memory is the pieces' own; that of the blocks will be somebody else's soon.
+            pieces.append(memoryview(frame) if gained else bytes(block))  # type: ignore[arg-type]  # is a buffer
             flags.append(FLAG_ZSTD if gained else 0)
         if self._seal is not None:
             seal = self._seal.seal
             pieces = [seal(b"block", digest, piece) for digest, piece in zip(digests, pieces, strict=True)]
             flags = [flag | FLAG_SEALED for flag in flags]
-        return StoredBatch(b"".join(pieces), [len(piece) for piece in pieces], flags)
+        return StoredBatch(pieces, [len(piece) for piece in pieces], flags)
 
     def restore(self, data: memoryview, start: int, places: Sequence[BlockPlace]) -> list[bytes]:
         """Return the contents of blocks of one pack, of which ``data`` holds the bytes from ``start`` on.

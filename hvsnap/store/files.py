@@ -54,10 +54,12 @@ class NewFile:
         self._appender: Appender | None = None
         self._over = False
 
-    def write(self, data: bytes | memoryview) -> None:
-        """Append bytes; the file is created with the first ones."""
+    def write(self, *pieces: bytes | memoryview) -> None:
+        """Append bytes, piece after piece; the file is created with the first ones."""
         try:
-            self._require_open().write(memoryview(data).cast("B"))
+            appender = self._require_open()
+            for piece in pieces:
+                appender.write(memoryview(piece).cast("B"))
         except OSError:
             self.discard()
             raise

@@ -213,7 +213,7 @@ class Intake:
         except BaseException as error:
             packer.fail(error if isinstance(error, Exception) else StoreFailed("the store was interrupted"))
             raise
-        return len(batch.data)
+        return batch.size_bytes
 
     def _over(self, packer: Packer) -> None:
         """A pack is durable and in the index, or has failed: either way nothing of it is pending any more."""

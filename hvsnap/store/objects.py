@@ -169,9 +169,9 @@ class LocalWriter:
         self._objects = objects
         self._file = file
 
-    async def write(self, data: bytes | memoryview) -> None:
-        """Append bytes."""
-        await self._objects._write(f"cannot write {self._file.path}", self._file.write, data)
+    async def write(self, *pieces: bytes | memoryview) -> None:
+        """Append bytes, piece after piece."""
+        await self._objects._write(f"cannot write {self._file.path}", self._file.write, *pieces)
 
     async def commit(self) -> None:
         """Make it durable and visible. After any failure nothing is visible, and the writer is of no more use."""

@@ -27,7 +27,7 @@ from hvsnap.store.pack import (
 PACK_BYTES = 64 << 20
 """Size that a pack stays below, index aside, or below what its object store takes best."""
 
-PIECE_BYTES = 4 << 20
+WRITE_BYTES = 4 << 20
 """Bytes that are gathered before they are written."""
 
 BUFFERED_BYTES_MAX = 8 << 20
@@ -57,7 +57,7 @@ class Packer:
         self._over = asyncio.Event()
         self._work = asyncio.Event()
         self._drained = asyncio.Event()
-        self._pieces = [encode_header(pack)]
+        self._pieces: list[bytes | memoryview] = [encode_header(pack)]
         self._buffered_bytes = HEADER_BYTES
         self._end = HEADER_BYTES
         self._digests: list[bytes] = []
@@ -106,8 +106,8 @@ class Packer:
         for length in batch.lengths:
             self._offsets.append(self._end)
             self._end += length
-        self._pieces.append(batch.data)
-        self._buffered_bytes += len(batch.data)
+        self._pieces += batch.pieces
+        self._buffered_bytes += batch.size_bytes
         self._work.set()
 
     def seal(self) -> None:
@@ -154,25 +154,24 @@ class Packer:
     async def _write(self) -> None:
         writer = await self._objects.writer(self.pack.name)
         try:
-            while piece := await self._next_piece():
-                await writer.write(piece)
+            while pieces := await self._next_pieces():
+                await writer.write(*pieces)
             await writer.write(await asyncio.to_thread(self._tail))
             self.raise_error()
             await writer.commit()
         finally:
             await writer.abort()
 
-    async def _next_piece(self) -> bytes:
+    async def _next_pieces(self) -> list[bytes | memoryview]:
         """Return what has gathered, once it is worth a write; nothing at the end."""
         while True:
             self.raise_error()
             complete = self._sealed and len(self._digests) == len(self.claims)
-            if complete or self._buffered_bytes >= PIECE_BYTES:
-                piece = b"".join(self._pieces)
-                self._pieces.clear()
+            if complete or self._buffered_bytes >= WRITE_BYTES:
+                pieces, self._pieces = self._pieces, []
                 self._buffered_bytes = 0
                 self._drained.set()
-                return piece
+                return pieces
             self._work.clear()
             await self._work.wait()
 

@@ -160,7 +160,7 @@ class _NewPacks:
             self._task = asyncio.create_task(self._packer.run(), name=pack.name)
             self._packer.claim(claims)
         await self._packer.room()
-        batch = StoredBatch(stored, [place.length for place in places], [place.flags for place in places])
+        batch = StoredBatch([stored], [place.length for place in places], [place.flags for place in places])
         self._packer.append([place.digest for place in places], batch)
 
     async def _finish(self) -> None:

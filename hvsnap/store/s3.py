@@ -283,15 +283,15 @@ class S3Writer:
         self._size_bytes = 0
         self._file: IO[bytes] | None = _spooled(spool)
 
-    async def write(self, data: bytes | memoryview) -> None:
-        """Append bytes."""
+    async def write(self, *pieces: bytes | memoryview) -> None:
+        """Append bytes, piece after piece."""
         file = self._open()
         try:
-            await uninterrupted(asyncio.to_thread(file.write, data), name=f"spool {self._name}")
+            await uninterrupted(asyncio.to_thread(file.writelines, pieces), name=f"spool {self._name}")
         except OSError as error:
             await self.abort()
             raise StoreFailed(f"cannot hold {self._name} on its way: {error.strerror}") from error
-        self._size_bytes += len(memoryview(data).cast("B"))
+        self._size_bytes += sum(memoryview(piece).nbytes for piece in pieces)
 
     async def commit(self) -> None:
         """Make it durable and visible. After any failure the writer is of no more use."""

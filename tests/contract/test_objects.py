@@ -43,7 +43,7 @@ async def test_what_was_put_is_read_back(objects: ObjectStore) -> None:
 
 async def test_an_object_is_written_in_pieces(objects: ObjectStore) -> None:
     writer = await objects.writer("packs/00/x")
-    await writer.write(b"one")
+    await writer.write(b"o", b"", memoryview(b"ne"))
     await writer.write(memoryview(b"two"))
     await writer.commit()
     await writer.abort()

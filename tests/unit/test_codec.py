@@ -36,12 +36,13 @@ def test_what_is_compressed_is_restored(codec: Codec) -> None:
     noise = random.Random(1).randbytes(BLOCK)
     batch = codec.compress(memoryview(TEXT + noise + TEXT), [1, 0])
     assert batch.flags == [0, FLAG_ZSTD]
-    assert sum(batch.lengths) == len(batch.data)
+    data = b"".join(batch.pieces)
+    assert sum(batch.lengths) == batch.size_bytes == len(data)
     places = [
         BlockPlace(1, blake3(noise, key=KEY).digest(), "p", 1000, batch.lengths[0], 0),
         BlockPlace(2, blake3(TEXT, key=KEY).digest(), "p", 1000 + batch.lengths[0], batch.lengths[1], FLAG_ZSTD),
     ]
-    assert codec.restore(memoryview(batch.data), 1000, places) == [noise, TEXT]
+    assert codec.restore(memoryview(data), 1000, places) == [noise, TEXT]
 
 
 @pytest.mark.parametrize(
