@@ -29,7 +29,10 @@ from hvsnap.hypervisor.libvirt import LibvirtHypervisor
 from hvsnap.model import GuestUuid
 from tests.guest.domain import Guest
 
-DISK_MIB = 1024
+DISK_MIB = 4096
+"""Large enough that in each measurement most writes are the first ones to their cluster, as on any disk that is larger
+than what is written in a moment: that is when copy before write has to copy.
+"""
 PLAIN = "cluster_size=64k"
 """What qemu-img makes by default."""
 
@@ -183,7 +186,7 @@ def _end_backup(domain: Any) -> None:
 
 def full_disk() -> Path:
     """Return an image of bytes that nothing compresses, every cluster allocated; made once and kept."""
-    path = cache() / "full.qcow2"
+    path = cache() / f"full-{DISK_MIB}.qcow2"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as work:
