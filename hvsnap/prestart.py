@@ -17,9 +17,9 @@ from hvsnap.capture.freeze import Freezer
 from hvsnap.capture.settle import Settle
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.config import Settings
-from hvsnap.daemon import SystemClock, assembled, close_in_time, members, private_directory
 from hvsnap.errors import HvsnapError
 from hvsnap.guard import StartGuard
+from hvsnap.house import SystemClock, assembled, close_in_time, members, private_directory
 from hvsnap.hypervisor.fleet import Fleet
 from hvsnap.model import Operation
 from hvsnap.service.recovery import Only, Recovery, disks_of_image, operations_on

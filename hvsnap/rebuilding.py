@@ -11,8 +11,8 @@ from hvsnap.catalog.catalog import Catalog
 from hvsnap.catalog.lock import StateLock
 from hvsnap.catalog.replacement import NAME, Replacement
 from hvsnap.config import Settings
-from hvsnap.daemon import SystemClock
 from hvsnap.errors import CatalogFailed, NotFound, Refused, StoreFailed
+from hvsnap.house import SystemClock
 from hvsnap.model import State
 from hvsnap.store.blocks import open_store
 from hvsnap.store.keyring import StoreKey, change_key

@@ -19,8 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from hvsnap import __version__, config, wire
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.catalog.figures import Figures
-from hvsnap.daemon import SystemClock
 from hvsnap.happenings import EventType
+from hvsnap.house import SystemClock
 from hvsnap.metrics import FIGURES_S, Metrics, Sources
 from tests.api_kit import a_house
 from tests.catalog_kit import StoppedClock, a_disk, a_snapshot

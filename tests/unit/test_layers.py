@@ -72,6 +72,7 @@ ROOMS = {
     "server": Layer.ENTRANCE,
     "systemd": Layer.ENTRANCE,
     "daemon": Layer.DAEMON,
+    "house": Layer.DAEMON,
     "prestart": Layer.DAEMON,
     "rebuilding": Layer.DAEMON,
     "cli": Layer.COMMAND_LINE,
@@ -113,7 +114,7 @@ LIBRARIES = {
 
 LONG_WITH_REASON = {
     "wire": "a list of models, one below the other: splitting it would only scatter it",
-    "daemon._furnish": "the list of the parts of the house, and which one is handed to which",
+    "house._furnish": "the list of the parts of the house, and which one is handed to which",
 }
 
 
