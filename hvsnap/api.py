@@ -175,8 +175,8 @@ def _disks(service: Service) -> APIRouter:
         )
         if body.dry_run:
             response.status_code = 200
-            return wire.RollbackAnswer(plan=await service.disks.plan_rollback(request), task=None)
-        plan, task = await service.disks.rollback(request)
+            return wire.RollbackAnswer(plan=await service.rollbacks.plan(request), task=None)
+        plan, task = await service.rollbacks.begin(request)
         return wire.RollbackAnswer(plan=plan, task=views.task(task))
 
     @router.get("/tasks")

@@ -36,6 +36,7 @@ from hvsnap.service.housekeeping import Housekeeping, VerifySettings
 from hvsnap.service.inventory import Inventory
 from hvsnap.service.policies import Policies
 from hvsnap.service.recovery import Recovery, RestoreRecovery
+from hvsnap.service.rollbacks import Rollbacks
 from hvsnap.service.scheduler import Scheduler, ScheduleSettings
 from hvsnap.service.service import Service
 from hvsnap.service.snapshots import Snapshots
@@ -166,18 +167,9 @@ async def _furnish(
         snapshots=snapshots,
         captures=captures,
         chains=Chains(catalog, inventory, captures, snapshots_max=limit),
-        disks=Disks(
-            hypervisor,
-            catalog,
-            inventory,
-            snapshots,
-            captures,
-            tasks,
-            uses,
-            maker,
-            roller,
-            snapshots_max=limit,
-            own_directories=own,
+        disks=Disks(catalog, snapshots, tasks, uses, maker, own_directories=own),
+        rollbacks=Rollbacks(
+            hypervisor, catalog, inventory, snapshots, captures, tasks, uses, roller, snapshots_max=limit
         ),
         policies=Policies(catalog, inventory, clock, policies_max=settings.limits.policies),
         store=Store(

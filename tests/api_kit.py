@@ -30,6 +30,7 @@ from hvsnap.service.housekeeping import Housekeeping, VerifySettings
 from hvsnap.service.inventory import Inventory
 from hvsnap.service.policies import Policies
 from hvsnap.service.recovery import Recovery, RestoreRecovery
+from hvsnap.service.rollbacks import Rollbacks
 from hvsnap.service.service import Service
 from hvsnap.service.snapshots import Snapshots
 from hvsnap.service.status import StatusBoard
@@ -154,18 +155,9 @@ async def a_house(directory: Path) -> AsyncIterator[House]:
             captures=captures,
             policies=Policies(catalog, inventory, clock, policies_max=100),
             chains=Chains(catalog, inventory, captures, snapshots_max=64),
-            disks=Disks(
-                hypervisor,
-                catalog,
-                inventory,
-                snapshots,
-                captures,
-                tasks,
-                uses,
-                maker,
-                roller,
-                snapshots_max=64,
-                own_directories=["/var/lib/hvsnap"],
+            disks=Disks(catalog, snapshots, tasks, uses, maker, own_directories=["/var/lib/hvsnap"]),
+            rollbacks=Rollbacks(
+                hypervisor, catalog, inventory, snapshots, captures, tasks, uses, roller, snapshots_max=64
             ),
             store=Store(
                 catalog,

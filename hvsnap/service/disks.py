@@ -1,33 +1,22 @@
-"""Snapshots back to disks: new ones (SERVICE 7.1), and setting one back (SERVICE 6)."""
+"""New disks of snapshots (SERVICE 7.1)."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from hvsnap import wire
 from hvsnap.catalog.catalog import Catalog
-from hvsnap.errors import BadRequest, CaptureRunning, ChainFull, Failed, GuestRunning, HvsnapError, Refused
-from hvsnap.happenings import EventType, disk_payload
-from hvsnap.model import Disk, DiskId, Progress, Snapshot, SnapshotId, State
-from hvsnap.ports import Hypervisor
-from hvsnap.restore import rollback
+from hvsnap.errors import BadRequest
+from hvsnap.model import Progress, Snapshot, SnapshotId
 from hvsnap.restore.disk import NewDisk
-from hvsnap.restore.rollback import RollbackPlan
-from hvsnap.service.inventory import Found, Inventory, pick_disk
-from hvsnap.service.names import NAME_LENGTH_MAX
-from hvsnap.service.requests import CapturesPort, DiskRequest, RollbackRequest, SnapshotRequest
+from hvsnap.service.requests import DiskRequest
 from hvsnap.service.snapshots import Snapshots
 from hvsnap.service.tasks import TaskRun, Tasks, TaskView
 from hvsnap.service.uses import Uses
 
-SHUTDOWN_TIMEOUT_S = 180.0
-"""A guest's services may take their time: systemd alone gives each of them 90 s."""
-
 KIND_CREATE = "disk-create"
-KIND_ROLLBACK = "disk-rollback"
 
 _NEVER_BELOW = ("/dev", "/proc", "/sys")
 
@@ -46,28 +35,6 @@ class Maker(Protocol):
         ...
 
 
-class Roller(Protocol):
-    """Sets disks back: :class:`hvsnap.restore.rollback.Rollback`."""
-
-    async def plan(self, disk_id: DiskId, snapshot_id: SnapshotId, report: Report) -> RollbackPlan:
-        """Return what would be written, by looking at the disk."""
-        ...
-
-    async def run(self, disk_id: DiskId, snapshot_id: SnapshotId, report: Report) -> RollbackPlan:
-        """Bring the disk back to the snapshot."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Rolling:
-    """A rollback that was checked and may begin."""
-
-    request: RollbackRequest
-    found: Found
-    disk: Disk
-    snapshot: Snapshot
-
-
 def check_place(path: str, forbidden: Sequence[str]) -> str:
     """Return the path of a disk to be made, without dots and doubled slashes; refuse places that no disk belongs in.
 
@@ -82,60 +49,25 @@ def check_place(path: str, forbidden: Sequence[str]) -> str:
     return path
 
 
-def pick_for(disks: Sequence[Disk], name: str, snapshot: Snapshot) -> Disk:
-    """Return the disk that a rollback names: where the name fits several, the snapshot's own.
-
-    Raises :class:`Refused` when it fits only others (SERVICE 6.7).
-    """
-    own = [disk for disk in disks if disk.id == snapshot.disk]
-    if any(name in _names(disk) for disk in own):
-        return own[0]
-    disk = pick_disk(disks, name)
-    hint = f"make a new disk of it: `hvsnap disk-create {snapshot.id} TARGET`"
-    raise Refused(f"snapshot {snapshot.id} belongs to disk {snapshot.disk}, not to {disk.id}", hint=hint)
-
-
-def _names(disk: Disk) -> tuple[str, ...]:
-    targets = (disk.target, f"{disk.guest_name}/{disk.target}", f"{disk.guest_uuid}/{disk.target}")
-    return (disk.id, disk.source, *targets)
-
-
-def safety_name(snapshot: Snapshot) -> str:
-    """Return the name of the snapshot that is made before a rollback."""
-    return f"before rollback to {snapshot.name}"[:NAME_LENGTH_MAX].rstrip()
-
-
 class Disks:
-    """Makes disks and rolls them back, as tasks."""
+    """Makes disks, as tasks."""
 
     def __init__(
         self,
-        hypervisor: Hypervisor,
         catalog: Catalog,
-        inventory: Inventory,
         snapshots: Snapshots,
-        captures: CapturesPort,
         tasks: Tasks,
         uses: Uses,
         maker: Maker,
-        roller: Roller,
         *,
-        snapshots_max: int,
         own_directories: Sequence[str],
     ) -> None:
-        self._hypervisor = hypervisor
         self._catalog = catalog
-        self._inventory = inventory
         self._snapshots = snapshots
-        self._captures = captures
         self._tasks = tasks
         self._uses = uses
         self._maker = maker
-        self._roller = roller
-        self._snapshots_max = snapshots_max
         self._forbidden = (*_NEVER_BELOW, *own_directories)
-
-    # -- new disks --------------------------------------------------------------------------------
 
     async def create(self, request: DiskRequest) -> TaskView:
         """Start making a disk. Raises what can be told beforehand: nothing was touched then."""
@@ -160,136 +92,3 @@ class Disks:
             )
 
         return self._tasks.start(KIND_CREATE, f"{row.id} to {path}", work, guest=disk.guest_uuid)
-
-    # -- rolling back -----------------------------------------------------------------------------
-
-    async def plan_rollback(self, request: RollbackRequest) -> wire.RollbackPlan:
-        """Return what a rollback would do now. It looks at the disk, which takes its time where no bitmap helps."""
-        rolling = await self._check(request)
-        if rolling.found.guest.active:
-            return self._told(rolling, None)  # a disk in use cannot be compared
-        with self._uses.hold_snapshot(rolling.snapshot.id, "being compared with its disk"):
-            plan = await self._roller.plan(rolling.disk.id, rolling.snapshot.id, lambda _progress: None)
-        return self._told(rolling, plan)
-
-    async def rollback(self, request: RollbackRequest) -> tuple[wire.RollbackPlan, TaskView]:
-        """Start a rollback. Raises what can be told beforehand: nothing was touched then."""
-        rolling = await self._check(request)
-        subject = f"{rolling.disk.guest_name}/{rolling.disk.target} to {rolling.snapshot.id}"
-        task = self._tasks.start(
-            KIND_ROLLBACK, subject, lambda run: self._roll_back(rolling, run), guest=rolling.disk.guest_uuid
-        )
-        return self._told(rolling, None), task
-
-    async def _check(self, request: RollbackRequest) -> _Rolling:
-        """Check the rules of SERVICE 6 that can be checked before anything is touched."""
-        snapshot = await self._snapshots.row(request.snapshot)
-        disk = pick_for(await self._catalog.disks(include_released=True), request.disk, snapshot)
-        if snapshot.state is not State.ACCOMPLISHED:
-            hint = "only accomplished snapshots can be restored"
-            raise Refused(f"snapshot {snapshot.id} is {snapshot.state}", hint=hint)
-        found = await self._inventory.attached(disk)
-        if found.guest.active and not request.stop:
-            raise GuestRunning(f"guest {found.guest.name} is {found.guest.state}")
-        rollback.check_not_saved(found.guest)
-        self._uses.check_disk(disk.id)
-        if disk.id in self._captures.busy_disks():
-            raise CaptureRunning(f"disk {disk.target} of {disk.guest_name} is being captured")
-        for operation in await self._catalog.operations():
-            if operation.kind == rollback.KIND and operation.facts.get("disk") == disk.id:
-                hint = "`hvsnap recover` finishes it"
-                raise Refused(f"an interrupted rollback of disk {disk.id} is not finished", hint=hint)
-        if request.safety_snapshot:
-            nodes = [row for row in await self._catalog.snapshots(disk.id) if row.state is not State.FAILED]
-            if len(nodes) >= self._snapshots_max:
-                hint = "delete a snapshot of this disk first, or give --no-safety-snapshot"
-                raise ChainFull(f"the chain of disk {disk.id} has no room for a safety snapshot", hint=hint)
-        return _Rolling(request, found, disk, snapshot)
-
-    def _told(self, rolling: _Rolling, plan: RollbackPlan | None) -> wire.RollbackPlan:
-        request, disk, active = rolling.request, rolling.disk, rolling.found.guest.active
-        kept = ", but for the safety snapshot" if request.safety_snapshot else ""
-        notes = [f"what was written since the snapshot is lost{kept}"]
-        if plan is not None:
-            notes += _resized(plan)
-        return wire.RollbackPlan(
-            disk=disk.id,
-            guest=disk.guest_name,
-            target=disk.target,
-            snapshot=rolling.snapshot.id,
-            path=disk.source,
-            method="" if plan is None else plan.method,
-            write_bytes=None if plan is None else plan.write_bytes + plan.zero_bytes,
-            stop=active,
-            safety_snapshot=request.safety_snapshot,
-            start=request.start,
-            notes=notes,
-        )
-
-    async def _roll_back(self, rolling: _Rolling, run: TaskRun) -> wire.RolledBack:
-        """Stop, save, set back, start: as far as asked for."""
-        request, disk, snapshot = rolling.request, rolling.disk, rolling.snapshot
-        with self._uses.hold_snapshot(snapshot.id, "being rolled back to"):
-            if request.stop and (await self._hypervisor.guest(disk.guest_uuid)).active:
-                run.step("shutting the guest down")
-                await self._hypervisor.shutdown(disk.guest_uuid, SHUTDOWN_TIMEOUT_S)
-            safety = await self._save(rolling, run) if request.safety_snapshot else None
-            # Another capture may begin as one ends; between the last look and the hold nothing else runs.
-            while disk.id in self._captures.busy_disks():
-                await self._captures.settled([disk.id])
-            with self._uses.hold_disk(disk.id, "being rolled back"):
-                run.final("the rollback has begun to write: it goes on to its end")
-                run.step("setting the disk back")
-                done = await self._run(disk, snapshot, run)
-        started, notes = await self._start(rolling, run) if request.start else (False, [])
-        return wire.RolledBack(
-            disk=disk.id,
-            snapshot=snapshot.id,
-            written_bytes=done.write_bytes + done.zero_bytes,
-            safety_snapshot=safety,
-            started=started,
-            notes=_resized(done) + notes,
-        )
-
-    async def _save(self, rolling: _Rolling, run: TaskRun) -> SnapshotId:
-        """Make the safety snapshot (SERVICE 6.3); without it nothing is written."""
-        run.step("making a safety snapshot")
-        made = await self._captures.create(
-            SnapshotRequest(
-                guest=rolling.disk.guest_uuid,
-                disks=(rolling.disk.id,),
-                name=safety_name(rolling.snapshot),
-                description=f"made before the disk was set back to {rolling.snapshot.id}",
-                wait=True,
-            )
-        )
-        (saved,) = await self._captures.wait([snapshot.id for snapshot in made])
-        if saved.state is not State.ACCOMPLISHED:
-            hint = "the disk is as it was; give --no-safety-snapshot to go without"
-            raise Failed(f"the safety snapshot {saved.id} failed: {saved.error}", hint=hint)
-        return saved.id
-
-    async def _run(self, disk: Disk, snapshot: Snapshot, run: TaskRun) -> RollbackPlan:
-        """Set the disk back; a failure on the way leaves the journal's entry, and says so."""
-        try:
-            return await self._roller.run(disk.id, snapshot.id, run.progress)
-        except HvsnapError as error:
-            left = [one for one in await self._catalog.operations(rollback.KIND) if one.facts.get("disk") == disk.id]
-            if left:
-                async with self._catalog.write() as tx:
-                    payload = disk_payload(disk) | {"snapshot": snapshot.id, "error": error.message}
-                    await tx.emit(EventType.ROLLBACK_FAILED, payload)
-            raise
-
-    async def _start(self, rolling: _Rolling, run: TaskRun) -> tuple[bool, list[str]]:
-        """Start the guest; that it does not start does not undo the rollback."""
-        run.step("starting the guest")
-        try:
-            await self._hypervisor.start(rolling.disk.guest_uuid)
-        except HvsnapError as error:
-            return False, [f"guest {rolling.disk.guest_name} was not started: {error.message}"]
-        return True, []
-
-
-def _resized(plan: RollbackPlan) -> list[str]:
-    return ["the disk's size is not the snapshot's: its file system must be grown again"] if plan.resized else []

@@ -13,6 +13,7 @@ from hvsnap.service.hooks import Hooks
 from hvsnap.service.policies import Policies
 from hvsnap.service.recovery import Recovery
 from hvsnap.service.requests import CapturesPort
+from hvsnap.service.rollbacks import Rollbacks
 from hvsnap.service.snapshots import Snapshots
 from hvsnap.service.status import StatusBoard
 from hvsnap.service.store import Store
@@ -29,6 +30,7 @@ class Service:
     chains: Chains
     policies: Policies
     disks: Disks
+    rollbacks: Rollbacks
     store: Store
     tasks: Tasks
     doctor: Doctor
