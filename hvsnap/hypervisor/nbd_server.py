@@ -22,7 +22,7 @@ SECTOR_BYTES_MAX = 4096
 """Direct I/O must end at a sector of the device: QEMU would lengthen a raw image that ends within one."""
 
 
-def _listens(path: str) -> bool:
+def listens(path: str) -> bool:
     """Whether somebody accepts connections: the socket's file is there a moment before its listener."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         return probe.connect_ex(path) == 0
@@ -30,7 +30,7 @@ def _listens(path: str) -> bool:
 
 async def _wait_listening(process: asyncio.subprocess.Process, argv: list[str], path: str) -> None:
     async with asyncio.timeout(START_TIMEOUT_S):
-        while not _listens(path):
+        while not listens(path):
             if process.returncode is not None:
                 stderr = await process.stderr.read() if process.stderr else b""
                 raise failure(argv, process.returncode, stderr)

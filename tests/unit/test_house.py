@@ -25,6 +25,7 @@ DOCS = ROOT / "docs"
 
 MODULES_OF = {
     "nbd": "python3-libnbd",
+    "nbdkit": "nbdkit-plugin-python",
     "libvirt": "python3-libvirt",
     "libvirt_qemu": "python3-libvirt",
     "paho": "paho-mqtt",
