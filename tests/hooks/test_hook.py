@@ -82,7 +82,7 @@ async def test_a_damaged_marker_bars_by_its_name_and_a_file_that_is_none_does_no
     guard = StartGuard(hook.state)
     await guard.bar(a_bar(ROLLBACK))
     (marker,) = (hook.state / "guard").iterdir()
-    for content in (b"", b"\xff\xfe", b"[]", b'{"guest": 1}', b"{" * 100_000):
+    for content in (b"", b"\xff\xfe", b"[]", b'{"guest": 1}', b"{" * 100_000, b"[" * 60_000):
         marker.write_bytes(content)
         ran = hook.prepare(domain_xml(IMAGE))
         assert ran.status == 1, content

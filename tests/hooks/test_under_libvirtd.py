@@ -173,7 +173,7 @@ def test_guests_start_with_the_daemon_up_down_and_hung(host: Host) -> None:
 def test_a_start_is_held_up_no_longer_than_promised(host: Host) -> None:
     """The three calls of a start, timed with the real daemon; `pytest -s` shows the figures.
 
-    Without what the interpreter takes by itself, and the best of several: a loaded machine has no say in a promise.
+    The best of several: a loaded machine has no say in a promise. What the interpreter takes by itself is shown beside.
     """
     host.libvirtd.start()
     host.guest.define()
@@ -204,8 +204,8 @@ def test_a_start_is_held_up_no_longer_than_promised(host: Host) -> None:
     down_s = min(start_s(ours) for _ in range(rounds))
     shown = {"three empty hooks": alone_s, "up": up_s, "down": down_s, "hung": hung_s}
     print({name: f"{1000 * value:.0f} ms" for name, value in shown.items()})
-    assert up_s - alone_s < 3 * 0.05
-    assert down_s - alone_s < 3 * 0.05
+    assert up_s - alone_s < 0.05
+    assert down_s - alone_s < 0.05
     assert hung_s - alone_s < 1.0
 
 
