@@ -112,6 +112,18 @@ class GuestView:
         return self.state is not GuestState.OFF
 
 
+@dataclass(frozen=True, slots=True)
+class DiskActivity:
+    """What a guest has asked of one of its disks since its QEMU started: requests done, and nanoseconds they took."""
+
+    reads: int = 0
+    read_ns: int = 0
+    writes: int = 0
+    write_ns: int = 0
+    flushes: int = 0
+    flush_ns: int = 0
+
+
 # -- what the catalog holds -----------------------------------------------------------------------
 
 
@@ -144,6 +156,23 @@ class State(enum.StrEnum):
     PROGRESSING = "progressing"
     ACCOMPLISHED = "accomplished"
     FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Impact:
+    """What a guest felt of a capture: its requests to the disk at rest before it, and while its instant was held.
+
+    IOPS count reads and writes; write latencies are means, None where nothing was written. ``slowdown`` is how many
+    times as long its requests took as the same ones would have taken at rest. ``rate_low_bytes_s`` is the lowest rate
+    that the capture was held down to for the guest's sake; None: it was not.
+    """
+
+    rest_iops: float
+    rest_write_us: float | None
+    held_iops: float
+    held_write_us: float | None
+    slowdown: float
+    rate_low_bytes_s: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +212,7 @@ class Snapshot:
     guest's disk, ``changed_bytes`` differ from the parent, ``stored_bytes`` is what the store grew by
     (after deduplication and compression). ``reason`` says why the method was chosen, if it is not the obvious one.
     ``automatic``: a policy made it; ``expires_at`` and ``retention`` (a rule of counts, JSON) say how long it stays.
+    ``impact`` is None where the guest was off, or did too little to tell.
     """
 
     id: SnapshotId
@@ -209,6 +239,7 @@ class Snapshot:
     expires_at: float | None = None
     retention: str = ""
     locked_until: float | None = None
+    impact: Impact | None = None
 
 
 @dataclass(frozen=True, slots=True)

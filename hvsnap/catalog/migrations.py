@@ -17,7 +17,10 @@ def _script(name: str) -> str:
     return resources.files("hvsnap.catalog").joinpath(name).read_text(encoding="utf-8")
 
 
-MIGRATIONS: tuple[str, ...] = (_script("schema.sql"),)
+MIGRATIONS: tuple[str, ...] = (
+    _script("schema.sql"),
+    "ALTER TABLE snapshots ADD COLUMN impact TEXT;  -- JSON of model.Impact; NULL: not measured",
+)
 """Scripts in order; the n-th (from 1) makes version n of version n - 1. A released one is never edited."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from hvsnap.catalog.db import Row
@@ -14,6 +14,7 @@ from hvsnap.model import (
     Event,
     GroupId,
     GuestUuid,
+    Impact,
     Kind,
     Method,
     Operation,
@@ -42,6 +43,8 @@ def to_column(name: str, value: Any) -> Any:
     """Return a field's value as SQLite holds it."""
     if name == "tags":
         return json.dumps(value, sort_keys=True)
+    if isinstance(value, Impact):
+        return json.dumps(asdict(value))
     if isinstance(value, bool):
         return int(value)
     return value
@@ -76,6 +79,7 @@ def snapshot(row: Row) -> Snapshot:
         "group": None if raw["group"] is None else GroupId(raw["group"]),
         "tags": json.loads(raw["tags"]),
         "automatic": bool(raw["automatic"]),
+        "impact": None if raw["impact"] is None else Impact(**json.loads(raw["impact"])),
     }
     return Snapshot(**raw)
 

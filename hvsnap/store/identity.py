@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from hvsnap.errors import Damaged
@@ -15,6 +16,7 @@ from hvsnap.model import (
     DiskId,
     GroupId,
     GuestUuid,
+    Impact,
     Kind,
     Method,
     Snapshot,
@@ -85,7 +87,8 @@ def encode_document(head: ManifestHead) -> bytes:
         "revision": head.revision,
         "block_size": head.block_size,
         "snapshot": {key: str(getattr(snapshot, key)) for key in _SNAPSHOT_KEYS}
-        | {key: getattr(snapshot, key) for key in (*_SNAPSHOT_NUMBERS, *_SNAPSHOT_OTHERS)},
+        | {key: getattr(snapshot, key) for key in (*_SNAPSHOT_NUMBERS, *_SNAPSHOT_OTHERS)}
+        | {"impact": None if snapshot.impact is None else asdict(snapshot.impact)},
         "disk": {key: getattr(disk, key) for key in (*_DISK_KEYS, *_DISK_OTHERS)},
         "domain_xml": head.domain_xml,
     }
@@ -125,6 +128,17 @@ class _Fields:
         value = self._values.get(key)
         if type(value) not in kinds:
             raise ValueError(f"{key} is missing or of another type")
+        return value
+
+    def maybe(self, key: str, kind: type) -> Any:
+        """Return a value of a type; None where it is null or missing."""
+        return self.get(key, kind, type(None))
+
+    def measure(self, key: str) -> float:
+        """Return a number that was measured, from 0 up."""
+        value = float(self.get(key, float, int))
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{key} is not a measure")
         return value
 
     def text(self, key: str) -> str:
@@ -178,6 +192,23 @@ def _snapshot(fields: _Fields) -> Snapshot:
         expires_at=None if expires_at is None else float(expires_at),
         locked_until=None if locked_until is None else float(locked_until),
         retention=fields.text("retention"),
+        impact=_impact(fields.maybe("impact", dict)),
+    )
+
+
+def _impact(values: dict[str, Any] | None) -> Impact | None:
+    """Return what a guest felt; manifests of earlier versions do not tell."""
+    if values is None:
+        return None
+    fields = _Fields(values)
+    low = fields.get("rate_low_bytes_s", int, type(None))
+    return Impact(
+        rest_iops=fields.measure("rest_iops"),
+        rest_write_us=None if values.get("rest_write_us") is None else fields.measure("rest_write_us"),
+        held_iops=fields.measure("held_iops"),
+        held_write_us=None if values.get("held_write_us") is None else fields.measure("held_write_us"),
+        slowdown=fields.measure("slowdown"),
+        rate_low_bytes_s=low,
     )
 
 

@@ -17,6 +17,7 @@ import pytest
 from hvsnap.catalog import db, migrations
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import CatalogFailed, HvsnapError, NoSpace, StoreBusy
+from hvsnap.model import Impact, SnapshotId
 from tests.catalog_kit import StoppedClock, a_block, a_disk, a_page, add_chain, contents
 
 ROOT = Path(__file__).parents[2]
@@ -101,19 +102,41 @@ async def test_a_migration_that_fails_half_way_leaves_the_version_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = await a_used_catalog(tmp_path)
-    first, *_ = migrations.MIGRATIONS
+    known = migrations.MIGRATIONS
     good, bad = "CREATE TABLE one (x);", "CREATE TABLE two (x); DELETE FROM disks; CREATE TABLE disks (x);"
-    monkeypatch.setattr(migrations, "MIGRATIONS", (first, good, bad))
+    monkeypatch.setattr(migrations, "MIGRATIONS", (*known, good, bad))
     await refused(tmp_path)
     with closing(sqlite3.connect(path)) as connection:
         tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_schema")}
-        assert connection.execute("PRAGMA user_version").fetchone() == (2,)
+        assert connection.execute("PRAGMA user_version").fetchone() == (len(known) + 1,)
         assert connection.execute("SELECT count(*) FROM snapshots").fetchone() == (2,)
     assert "one" in tables
     assert "two" not in tables
-    monkeypatch.setattr(migrations, "MIGRATIONS", (first, good, "CREATE TABLE two (x);"))
+    monkeypatch.setattr(migrations, "MIGRATIONS", (*known, good, "CREATE TABLE two (x);"))
     catalog = await open_catalog(tmp_path)
     assert len(await catalog.disks()) == 1
+    await catalog.close()
+
+
+async def test_a_catalog_of_the_first_version_is_brought_to_the_present_one(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "catalog.db")) as connection:
+        connection.executescript(migrations.MIGRATIONS[0])
+        connection.execute(f"PRAGMA application_id = {migrations.APPLICATION_ID}")
+        connection.execute("PRAGMA user_version = 1")
+        disk = "'d-1', 'uuid', 'web01', 'vda', '', '/a', 'qcow2', 1, 1, 0.0"
+        columns = "id, guest_uuid, guest_name, target, serial, source, format, size_bytes, system, created_at"
+        connection.execute(f"INSERT INTO disks ({columns}) VALUES ({disk})")
+        columns = "id, disk, sequence, name, description, kind, method, reason, consistency, state, size_bytes"
+        row = "'s-1', 'd-1', 1, 'old', '', 'full', 'full', '', 'crash', 'accomplished', 1"
+        connection.execute(f"INSERT INTO snapshots ({columns}, created_at) VALUES ({row}, 0.0)")
+        connection.commit()
+    catalog = await open_catalog(tmp_path)
+    old = await catalog.snapshot(SnapshotId("s-1"))
+    assert (old.name, old.impact) == ("old", None)
+    felt = Impact(100.0, 250.5, 80.0, None, 1.25, 8 << 20)
+    async with catalog.write() as tx:
+        await tx.update_snapshot(old.id, impact=felt)
+    assert (await catalog.snapshot(old.id)).impact == felt
     await catalog.close()
 
 

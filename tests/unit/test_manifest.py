@@ -14,7 +14,7 @@ import zstandard
 from blake3 import blake3
 
 from hvsnap.errors import Damaged, FormatUnknown
-from hvsnap.model import GroupId, Kind, Method, SnapshotId
+from hvsnap.model import GroupId, Impact, Kind, Method, SnapshotId
 from hvsnap.store.identity import ManifestHead, ManifestName, encode_document
 from hvsnap.store.manifest import ManifestDecoder, ManifestEncoder, ManifestPage
 from tests.catalog_kit import a_disk, a_snapshot
@@ -35,6 +35,7 @@ SNAPSHOT = a_snapshot(
     reason="the bitmap was lost",
     read_bytes=2**50,
     stored_bytes=17,
+    impact=Impact(900.5, 1100.0, 0.0, None, 1.25, 8 << 20),
 )
 HEAD = ManifestHead(SNAPSHOT, DISK, BLOCK, "<domain>\n</domain>")
 
@@ -104,6 +105,24 @@ def test_a_snapshot_without_pages_is_a_manifest() -> None:
     assert decode(encode([])) == (HEAD, [])
     empty = replace(HEAD, snapshot=replace(SNAPSHOT, size_bytes=0, parent=None, group=None, tags={}), domain_xml="")
     assert decode(encode([], empty)) == (empty, [])
+
+
+def test_a_manifest_of_before_impacts_were_measured_is_read() -> None:
+    document = json.loads(encode_document(HEAD))
+    del document["snapshot"]["impact"]
+    data = Forger().start(json.dumps(document).encode())
+    for page in PAGES:
+        data.page(page.number, page.index.tolist(), raw=page.index.astype("<u2").tobytes() + page.digests.tobytes())
+    head, _pages = decode(data.end(len(PAGES), sum(page.index.size for page in PAGES)))
+    assert head == replace(HEAD, snapshot=replace(SNAPSHOT, impact=None))
+
+
+@pytest.mark.parametrize("changes", [{"slowdown": -1.0}, {"held_iops": "1"}, {"rate_low_bytes_s": 0.5}])
+def test_an_impact_that_is_none_is_damage(changes: dict[str, object]) -> None:
+    document = json.loads(encode_document(HEAD))
+    document["snapshot"]["impact"] |= changes
+    with pytest.raises(Damaged):
+        decode(Forger().start(json.dumps(document).encode()).end(0, 0))
 
 
 def test_the_first_bytes_are_those_of_the_documentation() -> None:
