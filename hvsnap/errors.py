@@ -118,6 +118,13 @@ class SnapshotUnknown(NotFound):
     default_hint = "`hvsnap snapshot-list` shows the snapshots"
 
 
+class ImageUnknown(NotFound):
+    """No image of that id or name."""
+
+    code = "image-unknown"
+    default_hint = "`hvsnap image-list` shows the images"
+
+
 class NoEligibleDisk(Refused):
     """The guest has no disk that can be captured."""
 
@@ -150,6 +157,12 @@ class SnapshotLocked(Refused):
 
     code = "snapshot-locked"
     default_hint = "wait until its lock has ended"
+
+
+class SnapshotPromoted(Refused):
+    """An image was made of the snapshot, which stays until the image is deleted (SERVICE 4.5)."""
+
+    code = "snapshot-promoted"
 
 
 class PolicyUnknown(NotFound):

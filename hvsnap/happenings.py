@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any
 
-from hvsnap.model import Disk, Snapshot
+from hvsnap.model import Disk, Image, Snapshot
 
 
 class EventType(StrEnum):
@@ -25,6 +25,8 @@ class EventType(StrEnum):
     POLICY_FAILED = "policy.failed"
     DISK_CREATED = "disk.created"
     DISK_CREATE_FAILED = "disk.create-failed"
+    IMAGE_CREATED = "image.created"
+    IMAGE_DELETED = "image.deleted"
     ROLLBACK_STARTED = "rollback.started"
     ROLLBACK_FINISHED = "rollback.finished"
     ROLLBACK_FAILED = "rollback.failed"
@@ -41,6 +43,11 @@ class EventType(StrEnum):
 def disk_payload(disk: Disk) -> dict[str, Any]:
     """Return what names a disk in an event."""
     return {"disk": disk.id, "guest": disk.guest_name, "guest_uuid": disk.guest_uuid, "target": disk.target}
+
+
+def image_payload(disk: Disk, image: Image) -> dict[str, Any]:
+    """Return what is told of an image in an event; ``disk`` is the one that its snapshot is of."""
+    return disk_payload(disk) | {"image": image.id, "name": image.name, "snapshot": image.snapshot}
 
 
 def snapshot_payload(disk: Disk, snapshot: Snapshot) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import NewType
 DiskId = NewType("DiskId", str)
 SnapshotId = NewType("SnapshotId", str)
 GroupId = NewType("GroupId", str)
+ImageId = NewType("ImageId", str)
 OperationId = NewType("OperationId", str)
 GuestUuid = NewType("GuestUuid", str)
 
@@ -240,6 +241,20 @@ class Snapshot:
     retention: str = ""
     locked_until: float | None = None
     impact: Impact | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A snapshot of a system disk that was promoted to a template for new disks (SERVICE 7.4).
+
+    It holds nothing of its own: what it is made of is the snapshot, which stays as long as the image is there.
+    """
+
+    id: ImageId
+    name: str
+    description: str
+    snapshot: SnapshotId
+    created_at: float
 
 
 @dataclass(frozen=True, slots=True)

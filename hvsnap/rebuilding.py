@@ -128,6 +128,7 @@ async def _answer(catalog: Catalog, found: Rebuilt) -> wire.StoreRebuilt:
     return wire.StoreRebuilt(
         disks=found.disks,
         snapshots=found.snapshots,
+        images=found.images,
         packs=found.packs,
         blocks=found.blocks,
         damaged_blocks=found.damaged_blocks,

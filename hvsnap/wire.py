@@ -502,6 +502,7 @@ class StoreRebuilt(Answer):
 
     disks: int
     snapshots: int
+    images: int = 0
     packs: int
     blocks: int
     damaged_blocks: int

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvsnap.catalog import chain, figures, policies, rows
+from hvsnap.catalog import chain, figures, images, policies, rows
 from hvsnap.catalog.blocks import Blocks
 from hvsnap.catalog.chain import IndexArray, Page
 from hvsnap.catalog.db import Database, Row, settled
@@ -26,7 +26,20 @@ from hvsnap.catalog.moment import Moment
 from hvsnap.catalog.transaction import Transaction
 from hvsnap.catalog.upkeep import Upkeep
 from hvsnap.errors import DiskUnknown, NotFound, SnapshotUnknown
-from hvsnap.model import BlockPlace, Disk, DiskId, Event, GuestUuid, Operation, OperationId, Snapshot, SnapshotId, State
+from hvsnap.model import (
+    BlockPlace,
+    Disk,
+    DiskId,
+    Event,
+    GuestUuid,
+    Image,
+    ImageId,
+    Operation,
+    OperationId,
+    Snapshot,
+    SnapshotId,
+    State,
+)
 from hvsnap.policy import Policy
 from hvsnap.ports import Clock, UInt64Array
 
@@ -244,6 +257,16 @@ class Catalog:
     async def schedule_checked(self) -> float | None:
         """Return until when policies have been looked at; None before the first look."""
         return await policies.read_checked(self._db)
+
+    # -- images -----------------------------------------------------------------------------------
+
+    async def images(self) -> list[Image]:
+        """Return all images, by name."""
+        return await images.read_all(self._db)
+
+    async def image_objects_to_remove(self) -> list[ImageId]:
+        """Return images that are not in the catalog, and whose objects the store may hold."""
+        return await images.read_objects_to_remove(self._db)
 
     # -- bare guests ------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from hvsnap.catalog import chain
+from hvsnap.catalog import chain, images
 from hvsnap.catalog.db import Cursor, Row
 from hvsnap.errors import SnapshotInUse, SnapshotUnknown
 from hvsnap.model import SnapshotId, State
@@ -26,6 +26,7 @@ async def delete(cursor: Cursor, snapshot_id: SnapshotId) -> None:
         raise SnapshotUnknown(f"there is no snapshot {snapshot_id}")
     number, parent, state = found[0]
     children = await cursor.read("SELECT id, number, state FROM snapshots WHERE parent = ?", (snapshot_id,))
+    await images.check_unpromoted(cursor, snapshot_id)
     check_deletable(snapshot_id, state, [(child, child_state) for child, _, child_state in children])
     for _child, child_number, child_state in children:
         if child_state != State.FAILED:

@@ -6,11 +6,23 @@ import json
 import uuid
 from typing import Any
 
-from hvsnap.catalog import chain, deletion, policies, rows
+from hvsnap.catalog import chain, deletion, images, policies, rows
 from hvsnap.catalog.chain import IndexArray, Page
 from hvsnap.catalog.db import Cursor
 from hvsnap.errors import DiskUnknown, NotFound, SnapshotUnknown
-from hvsnap.model import Disk, DiskId, Event, GuestUuid, Operation, OperationId, Snapshot, SnapshotId, new_id
+from hvsnap.model import (
+    Disk,
+    DiskId,
+    Event,
+    GuestUuid,
+    Image,
+    ImageId,
+    Operation,
+    OperationId,
+    Snapshot,
+    SnapshotId,
+    new_id,
+)
 from hvsnap.policy import Policy, PolicyId
 from hvsnap.ports import Clock
 
@@ -110,6 +122,24 @@ class Transaction:
     async def schedule_checked(self, moment: float) -> None:
         """Note until when policies have been looked at."""
         await policies.put_checked(self._cursor, moment)
+
+    # -- images -----------------------------------------------------------------------------------
+
+    async def add_image(self, image: Image) -> None:
+        """Add an image. Raises :class:`SnapshotUnknown`, :class:`Refused` for a name that is taken."""
+        await images.add(self._cursor, image)
+
+    async def remove_image(self, image: ImageId) -> None:
+        """Remove an image. Raises :class:`ImageUnknown`."""
+        await images.remove(self._cursor, image)
+
+    async def expect_image_object(self, image: ImageId) -> None:
+        """Note that the store may hold an object of an image that is not in the catalog: it is to be removed."""
+        await images.expect_object(self._cursor, image)
+
+    async def forget_image_object(self, image: ImageId) -> None:
+        """Cross it out: the object is gone, or its image is in the catalog."""
+        await images.forget_object(self._cursor, image)
 
     # -- journal ----------------------------------------------------------------------------------
 

@@ -177,6 +177,14 @@ class NewDiskFailedPayload(NewDiskPayload):
     error: str
 
 
+class ImagePayload(DiskPayload):
+    """An image; the disk is the one that its snapshot is of."""
+
+    image: str
+    name: str
+    snapshot: str
+
+
 class RollbackPayload(DiskPayload):
     """A disk that is set back to a snapshot."""
 
@@ -298,6 +306,13 @@ class NewDiskFailedEvent(EventMessage):
     payload: NewDiskFailedPayload
 
 
+class ImageEvent(EventMessage):
+    """A snapshot of a system disk was promoted to an image, or such an image was deleted."""
+
+    type: Literal[EventType.IMAGE_CREATED, EventType.IMAGE_DELETED]
+    payload: ImagePayload
+
+
 class RollbackEvent(EventMessage):
     """A rollback writes from now on, or has finished."""
 
@@ -361,6 +376,7 @@ AnyEvent = Annotated[
     | PolicyFailedEvent
     | NewDiskEvent
     | NewDiskFailedEvent
+    | ImageEvent
     | RollbackEvent
     | RollbackFailedEvent
     | DiskEvent

@@ -20,6 +20,7 @@ from hvsnap.model import Event, Snapshot, SnapshotId
 from hvsnap.ports import Clock
 from hvsnap.store.blocks import PackedBlocks
 from hvsnap.upkeep.check import Checker
+from hvsnap.upkeep.images import ImageKeeper
 from hvsnap.upkeep.sweep import Sweeper, Swept
 from hvsnap.upkeep.verify import Report, Verified, Verifier
 
@@ -84,6 +85,7 @@ class Housekeeping:
         self._settings = verify
         self._directory = directory
         self.sweeper = Sweeper(catalog, store, clock, certain)
+        self.images = ImageKeeper(catalog, store, certain)
         self.checker = Checker(catalog, store, clock)
         self._verifier = Verifier(catalog, store, self.sweeper, clock)
         self._verifying = asyncio.Lock()
@@ -101,6 +103,7 @@ class Housekeeping:
     async def sweep(self) -> Swept:
         """Free what nothing refers to. Raises what the store and the catalog raise."""
         done = await self.sweeper.sweep()
+        await self.images.reconcile()
         self.swept_at = self._clock.now()
         return done
 

@@ -23,6 +23,7 @@ from hvsnap.model import BLOCK_SIZE_DEFAULT, ZERO_BLOCK
 from hvsnap.ports import BlockIndex, ObjectStore, Stored
 from hvsnap.store.codec import Codec
 from hvsnap.store.fetch import Fetcher
+from hvsnap.store.images import ImageObjects
 from hvsnap.store.intake import Intake, Workers
 from hvsnap.store.keyring import StoreKey, add_key, read_repository
 from hvsnap.store.manifests import Manifests
@@ -105,6 +106,7 @@ class PackedBlocks:
         codec = Codec(repository.block_size, level, repository.keys.block, repository.seal)
         self.intake = Intake(objects, index, repository, codec, self._workers, next_block_id)
         self.manifests = Manifests(objects, repository)
+        self.images = ImageObjects(objects, repository)
         self.packs = Packs(objects, repository)
         self.rewriting = Rewriting(objects, repository, codec, self._workers, self.packs)
         self._fetcher = Fetcher(objects, index, codec, self._workers, repository.block_size)

@@ -39,6 +39,7 @@ class Keys:
     pack: bytes
     manifest: bytes
     seal: bytes
+    image: bytes
 
     @classmethod
     def derive(cls, secret: bytes) -> Keys:
@@ -47,7 +48,7 @@ class Keys:
         def key(purpose: str) -> bytes:
             return blake3(secret, derive_key_context=f"hvsnap.store v1 {purpose}").digest()
 
-        return cls(key("block digest"), key("pack"), key("manifest"), key("seal"))
+        return cls(key("block digest"), key("pack"), key("manifest"), key("seal"), key("image"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,13 +35,22 @@ class Kind(enum.StrEnum):
     MANIFEST_MISSING = "manifest-missing"  # the next sweep writes it
     MANIFEST_UNKNOWN = "manifest-unknown"  # the next sweep removes it
     MANIFEST_PENDING = "manifest-pending"  # the next sweep writes it anew
+    IMAGE_MISSING = "image-missing"  # the next sweep writes it
+    IMAGE_UNKNOWN = "image-unknown"  # of a catalog that was lost, or is being removed
     BLOCK_MISSING = "block-missing"  # a snapshot refers to a block that the catalog does not know
     BLOCK_DAMAGED = "block-damaged"  # known from an earlier verification
     FIGURES_WRONG = "figures-wrong"
     OBJECT_FOREIGN = "object-foreign"
 
 
-HARMLESS = {Kind.PACK_UNKNOWN, Kind.MANIFEST_UNKNOWN, Kind.MANIFEST_PENDING, Kind.OBJECT_FOREIGN}
+HARMLESS = {
+    Kind.PACK_UNKNOWN,
+    Kind.MANIFEST_UNKNOWN,
+    Kind.MANIFEST_PENDING,
+    Kind.IMAGE_MISSING,
+    Kind.IMAGE_UNKNOWN,
+    Kind.OBJECT_FOREIGN,
+}
 """What an interruption leaves, and what is none of ours: no snapshot is the worse for it."""
 
 
@@ -84,6 +93,7 @@ class Checker:
         damaged = IdSet()
         await self._packs(result, damaged)
         await self._manifests(result)
+        await self._images(result)
         missing = await self._references(result)
         for block in await self._catalog.upkeep.damaged():
             result.differences.append(Difference(Kind.BLOCK_DAMAGED, f"block {block.id}", block.why))
@@ -164,6 +174,20 @@ class Checker:
         for name in todo.remove:
             detail = "the next sweep removes it"
             result.differences.append(Difference(Kind.MANIFEST_UNKNOWN, str(name), detail))
+
+    async def _images(self, result: Checked) -> None:
+        """Compare images; those that come or go meanwhile are in one of the two looks at the catalog."""
+        before = {image.id for image in await self._catalog.images()}
+        listed = set(await self._store.images.all())
+        now = {image.id for image in await self._catalog.images()}
+        result.differences += [
+            Difference(Kind.IMAGE_MISSING, image, "the next sweep writes its object")
+            for image in sorted((before & now) - listed)
+        ]
+        result.differences += [
+            Difference(Kind.IMAGE_UNKNOWN, image, "the catalog does not know it; `hvsnap store-rebuild` would")
+            for image in sorted(listed - before - now)
+        ]
 
     async def _references(self, result: Checked) -> IdSet:
         """Return the blocks that entries refer to, and that the catalog does not know."""

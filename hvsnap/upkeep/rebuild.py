@@ -43,6 +43,7 @@ class Rebuilt:
     snapshots: int = 0
     packs: int = 0
     blocks: int = 0
+    images: int = 0
     damaged_blocks: int = 0
     damaged: list[str] = field(default_factory=list)
     lost: list[SnapshotId] = field(default_factory=list)
@@ -79,6 +80,7 @@ class Rebuild:
         for one in self._found.values():
             await self._enter_pages(one)
         await self._enter_heads()
+        await self._enter_images()
         await self._catalog.upkeep.to_sweep()
         return await self._told()
 
@@ -241,6 +243,26 @@ class Rebuild:
         async with self._catalog.write() as tx:
             for disk, snapshot in heads.items():
                 await tx.update_disk(disk, head=snapshot)
+
+    async def _enter_images(self) -> None:
+        """Enter the images whose snapshots were found; of two with one name the later one gets its id behind it."""
+        names: set[str] = set()
+        images = []
+        for name in await self._store.images.all():
+            try:
+                images.append(await self._store.images.get(name))
+            except UNREADABLE as error:
+                self._result.damaged.append(error.message)
+        for image in sorted(images, key=lambda image: (image.created_at, image.id)):
+            if image.snapshot not in self._found:
+                self._result.damaged.append(f"image {image.id} is of snapshot {image.snapshot}, which is not there")
+                continue
+            # Two have one name only where the removal of the first one's object was interrupted.
+            shown = replace(image, name=f"{image.name} {image.id}") if image.name in names else image
+            names.add(shown.name)
+            async with self._catalog.write() as tx:
+                await tx.add_image(shown)
+            self._result.images += 1
 
     async def _told(self) -> Rebuilt:
         result = self._result

@@ -20,6 +20,7 @@ from tests.mqtt.forms import DOCS, check
 DISK = a_disk()
 GUEST = {"guest": DISK.guest_name, "guest_uuid": DISK.guest_uuid}
 NEW_DISK = {"snapshot": "s-aaaaaaaaaaaa", "disk": DISK.id, "guest": "web01", "path": "/images/new.qcow2"}
+IMAGE = disk_payload(DISK) | {"image": "i-aaaaaaaaaaaa", "name": "debian", "snapshot": "s-aaaaaaaaaaaa"}
 ROLLBACK = disk_payload(DISK) | {"snapshot": "s-aaaaaaaaaaaa"}
 DAEMON = {"host": "kvm1", "version": "0.1.0"}
 SNAPSHOT = snapshot_payload(DISK, a_snapshot(DISK.id, 1, group=GroupId("g-aaaaaaaaaaaa")))
@@ -38,6 +39,8 @@ PAYLOADS: dict[EventType, dict[str, Any]] = {
     EventType.POLICY_FAILED: disk_payload(DISK) | {"policy": "nightly", "error": "no space"},
     EventType.DISK_CREATED: NEW_DISK,
     EventType.DISK_CREATE_FAILED: NEW_DISK | {"error": "no space"},
+    EventType.IMAGE_CREATED: IMAGE,
+    EventType.IMAGE_DELETED: IMAGE,
     EventType.ROLLBACK_STARTED: ROLLBACK,
     EventType.ROLLBACK_FINISHED: ROLLBACK,
     EventType.ROLLBACK_FAILED: ROLLBACK | {"error": "no space"},
