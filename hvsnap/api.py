@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from hvsnap import wire
 from hvsnap.api_limits import Guard
+from hvsnap.api_peers import Doorkeeper, PeerCheck
 from hvsnap.errors import BadRequest, HvsnapError, NotFound
 from hvsnap.model import Event, Progress, State
 from hvsnap.service import views
@@ -33,8 +34,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(service: Service) -> FastAPI:
-    """Return the application; it holds nothing but the service."""
+def create_app(service: Service, doorkeeper: Doorkeeper | None = None) -> FastAPI:
+    """Return the application; it holds nothing but the service. Without a doorkeeper whoever connects may do all."""
     wire.build()
     app = FastAPI(
         title="hvsnap",
@@ -55,6 +56,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_middleware(Guard)
+    app.add_middleware(PeerCheck, doorkeeper=doorkeeper or Doorkeeper())
     return app
 
 

@@ -211,6 +211,13 @@ class Mqtt(_Table):
     key_file: AbsolutePath = ""
 
 
+class Api(_Table):
+    """Who of those that can connect to the socket may do what; without groups all may do all."""
+
+    read_group: str = ""
+    admin_group: str = ""
+
+
 class Metrics(_Table):
     """The Prometheus endpoint."""
 
@@ -230,6 +237,7 @@ class Settings(_Table):
     socket: AbsolutePath = "/run/hvsnap/hvsnap.sock"
     socket_group: str = ""
     host_id: str = Field(default_factory=platform.node, min_length=1, max_length=255)
+    api: Api = Api()
     hypervisor: Hypervisor = Hypervisor()
     capture: Capture = Capture()
     store: Store = Store()
@@ -237,6 +245,12 @@ class Settings(_Table):
     policies: Policies = Policies()
     mqtt: Mqtt = Mqtt()
     metrics: Metrics = Metrics()
+
+    @model_validator(mode="after")
+    def _groups_can_connect(self) -> Settings:
+        if (self.api.read_group or self.api.admin_group) and not self.socket_group:
+            raise ValueError("api: socket_group is expected beside read_group and admin_group: who can connect at all")
+        return self
 
     @property
     def run_dir(self) -> Path:
@@ -277,6 +291,8 @@ def parse(text: str, name: str) -> Settings:
         if first["type"] == "extra_forbidden":
             raise ConfigInvalid(f"{name}: {key}: there is no such key", hint=_nearest(key)) from error
         what = first["msg"].removeprefix("Value error, ")
+        if not key:
+            raise ConfigInvalid(f"{name}: {what}", hint="docs/configuration.md explains the keys") from error
         raise ConfigInvalid(f"{name}: {key}: {what}", hint=f"the value is {_shown(first['input'])}") from error
 
 

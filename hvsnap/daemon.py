@@ -16,6 +16,7 @@ from pathlib import Path
 
 from hvsnap import __version__, wire
 from hvsnap.api import create_app
+from hvsnap.api_peers import Access, Doorkeeper
 from hvsnap.config import Settings
 from hvsnap.errors import Failed, HvsnapError
 from hvsnap.happenings import EventType
@@ -56,13 +57,14 @@ async def _run_until_signal(settings: Settings) -> None:
 
 async def serve(settings: Settings, stop: asyncio.Event, ready: Callable[[], None] = lambda: None) -> None:
     """Run until ``stop`` is set; ``ready`` is called once the socket answers."""
+    doorkeeper = Doorkeeper(Access.of(settings.api))
     async with assembled(settings) as house:
         if house.mqtt is not None:
             await house.mqtt.check()
         measured = await _measured(house)
         await _settle_at_start(house)
         listening = await asyncio.to_thread(listen, Path(settings.socket), settings.socket_group)
-        server = HttpServer(create_app(house.service), listening)
+        server = HttpServer(create_app(house.service, doorkeeper), listening)
         loops = [
             asyncio.create_task(house.service.recovery.run(), name="recovery"),
             asyncio.create_task(house.captures.thaw_loop(), name="thaw"),

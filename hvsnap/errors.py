@@ -132,6 +132,13 @@ class NoEligibleDisk(Refused):
     default_hint = "`hvsnap list` says for each disk why it is skipped"
 
 
+class NotAllowed(Refused):
+    """Whoever asks may not: the configuration gives their groups no right to it."""
+
+    code = "not-allowed"
+    http_status = 403
+
+
 class GuestRunning(Refused):
     """The guest must be shut off for this."""
 

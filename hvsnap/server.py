@@ -16,6 +16,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from hvsnap.api_peers import STATE, peer_of
 from hvsnap.errors import ConfigInvalid, Failed, StoreBusy
 
 BACKLOG = 128
@@ -178,10 +179,14 @@ def listen_tcp(host: str, port: int) -> ListeningTcp:
 
 
 class _PatientProtocol(H11Protocol):
-    """uvicorn's protocol, which by itself waits for ever for the first request of a connection."""
+    """uvicorn's protocol, which by itself waits for ever for the first request of a connection, and knows no peer.
+
+    Every request's scope gets a copy of the connection's ``app_state`` as its ``state``.
+    """
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self.app_state = self.app_state | {STATE: peer_of(transport.get_extra_info("socket"))}
         self.loop.call_later(REQUEST_TIMEOUT_S, self._give_up)
 
     def _give_up(self) -> None:

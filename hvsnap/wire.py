@@ -46,9 +46,9 @@ GET  /openapi.json                                                     the machi
 in a URL its slashes may be percent-encoded or not. A guest is named by its name or UUID. What matches several things is
 refused, and the error names them.
 
-Every error has the body :class:`Error` and the HTTP status of its kind: 400 wrong request, 404 not found, 409 refused
-by a rule, 423 busy, 422 damaged data, 503 the daemon is stopping, 500 and 507 failed. ``exit_status`` is what the
-command line exits with.
+Every error has the body :class:`Error` and the HTTP status of its kind: 400 wrong request, 403 not allowed, 404 not
+found, 409 refused by a rule, 423 busy, 422 damaged data, 503 the daemon is stopping, 500 and 507 failed.
+``exit_status`` is what the command line exits with.
 
 **The event stream** (``text/event-stream``). A stored event has its sequence as ``id:`` and ``event: event``; its data
 is :class:`Event`. Progress has ``event: progress``, no id, and :class:`Progress` as data. ``Last-Event-ID`` (or

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from hvsnap.api import create_app
+from hvsnap.api_peers import Access, Doorkeeper
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import HvsnapError, TargetExists
 from hvsnap.guard import StartGuard
@@ -206,9 +207,11 @@ class _Relay:
 
 
 @contextlib.asynccontextmanager
-async def served(house: House, socket: Path) -> AsyncIterator[httpx.AsyncClient]:
+async def served(
+    house: House, socket: Path, group: str = "", access: Access | None = None
+) -> AsyncIterator[httpx.AsyncClient]:
     """Serve a house on ``socket``, and give a client for it."""
-    server = HttpServer(create_app(house.service), listen(socket))
+    server = HttpServer(create_app(house.service, Doorkeeper(access)), listen(socket, group))
     serving = asyncio.create_task(server.serve(), name="http")
     try:
         async with asyncio.timeout(10):

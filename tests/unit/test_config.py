@@ -84,6 +84,11 @@ def test_no_file_means_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ("[metrics]\nlisten = 'localhost'", "x.toml: metrics.listen: expected HOST:PORT", "localhost"),
         ("[metrics]\nlisten = 'a:99999'", "x.toml: metrics.listen: expected HOST:PORT", "99999"),
         ("[metrics]\nlisten = 'http://a:1'", "x.toml: metrics.listen: expected HOST:PORT", "http"),
+        (
+            "[api]\nread_group = 'users'",
+            "x.toml: api: socket_group is expected beside read_group and admin_group",
+            "docs/configuration.md",
+        ),
         ("state_dir = 'rel'", "x.toml: state_dir: an absolute path is expected", "rel"),
         ("x = [", "x.toml: ", "TOML"),
     ],
