@@ -184,7 +184,7 @@ class Disk:
     that records what was written since; both are empty before the first snapshot. ``source`` is the path of
     the image that takes the guest's writes while no capture is open. ``policy`` is the id of the policy that makes its
     automatic snapshots; with ``delete_auto_with_disk`` these go when the disk is released. ``encrypted``: it is never
-    stored in plain.
+    stored in plain. ``gone_since``: when it was first seen to be gone from its guest, which may come back.
     """
 
     id: DiskId
@@ -203,6 +203,21 @@ class Disk:
     policy: str | None = None
     delete_auto_with_disk: bool = False
     encrypted: bool = False
+    gone_since: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a disk was made of here: the id of a snapshot or image, which may be gone by now.
+
+    ``inode`` is that of the file that was made, so that another one at its path is not taken for it; None: a block
+    device.
+    """
+
+    path: str
+    inode: int | None
+    made_of: str
+    created_at: float
 
 
 @dataclass(frozen=True, slots=True)

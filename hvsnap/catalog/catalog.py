@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvsnap.catalog import chain, figures, images, policies, rows
+from hvsnap.catalog import chain, figures, images, origins, policies, rows
 from hvsnap.catalog.blocks import Blocks
 from hvsnap.catalog.chain import IndexArray, Page
 from hvsnap.catalog.db import Database, Row, settled
@@ -36,6 +36,7 @@ from hvsnap.model import (
     ImageId,
     Operation,
     OperationId,
+    Origin,
     Snapshot,
     SnapshotId,
     State,
@@ -267,6 +268,16 @@ class Catalog:
     async def image_objects_to_remove(self) -> list[ImageId]:
         """Return images that are not in the catalog, and whose objects the store may hold."""
         return await images.read_objects_to_remove(self._db)
+
+    # -- origins ----------------------------------------------------------------------------------
+
+    async def origins(self) -> list[Origin]:
+        """Return all disks that were made here, and of what, by path."""
+        return await origins.read_all(self._db)
+
+    async def origin(self, path: str) -> Origin | None:
+        """Return what the image at a path was made of, if it was made here."""
+        return await origins.read_one(self._db, path)
 
     # -- bare guests ------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ MIGRATIONS: tuple[str, ...] = (
     _script("schema.sql"),
     "ALTER TABLE snapshots ADD COLUMN impact TEXT;  -- JSON of model.Impact; NULL: not measured",
     _script("schema_images.sql"),
+    _script("schema_origins.sql"),
 )
 """Scripts in order; the n-th (from 1) makes version n of version n - 1. A released one is never edited."""
 

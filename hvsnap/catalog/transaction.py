@@ -6,7 +6,7 @@ import json
 import uuid
 from typing import Any
 
-from hvsnap.catalog import chain, deletion, images, policies, rows
+from hvsnap.catalog import chain, deletion, images, origins, policies, rows
 from hvsnap.catalog.chain import IndexArray, Page
 from hvsnap.catalog.db import Cursor
 from hvsnap.errors import DiskUnknown, NotFound, SnapshotUnknown
@@ -19,6 +19,7 @@ from hvsnap.model import (
     ImageId,
     Operation,
     OperationId,
+    Origin,
     Snapshot,
     SnapshotId,
     new_id,
@@ -140,6 +141,16 @@ class Transaction:
     async def forget_image_object(self, image: ImageId) -> None:
         """Cross it out: the object is gone, or its image is in the catalog."""
         await images.forget_object(self._cursor, image)
+
+    # -- origins ----------------------------------------------------------------------------------
+
+    async def put_origin(self, origin: Origin) -> None:
+        """Remember what a disk was made of, in the place of what was remembered of its path."""
+        await origins.put(self._cursor, origin)
+
+    async def forget_origin(self, path: str) -> None:
+        """Forget what the image at a path was made of: something else is written there."""
+        await origins.forget(self._cursor, path)
 
     # -- journal ----------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest_asyncio
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.catalog.db import Cursor
 from hvsnap.errors import CatalogFailed, NoSpace
-from hvsnap.model import Event
+from hvsnap.model import Event, Origin
 from tests.catalog_kit import StoppedClock, a_block, a_disk
 
 
@@ -251,3 +252,20 @@ async def test_sqlites_errors_become_ours_with_a_next_step(
         await write_one(catalog)
     assert type(failure.value) is kind
     assert failure.value.hint
+
+
+# -- origins --------------------------------------------------------------------------------------
+
+
+async def test_s7_3_what_disks_were_made_of_is_remembered_by_path(catalog: Catalog) -> None:
+    first = Origin("/images/a.qcow2", 2**63 - 1, "s-aaaaaaaaaaaa", 5.0)
+    device = Origin("/dev/vg/b", None, "i-bbbbbbbbbbbb", 6.0)
+    async with catalog.write() as tx:
+        await tx.put_origin(first)
+        await tx.put_origin(device)
+    assert await catalog.origins() == [device, first]
+    again = replace(first, inode=7, made_of="s-cccccccccccc")
+    async with catalog.write() as tx:
+        await tx.put_origin(again)
+        await tx.forget_origin(device.path)
+    assert (await catalog.origin(first.path), await catalog.origin(device.path)) == (again, None)
