@@ -26,7 +26,7 @@ from hvsnap.capture.record import CatalogStage
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.hypervisor.nbd_server import serve_image
 from hvsnap.model import SnapshotId, State
-from hvsnap.restore.disk import DiskMaker
+from hvsnap.restore.disk import DiskMaker, Order
 from hvsnap.store.blocks import PackedBlocks, open_store
 from hvsnap.store.objects import LocalObjects
 from tests.catalog_kit import StoppedClock, a_disk, a_snapshot
@@ -80,7 +80,7 @@ async def round_trip(disk: BenchDisk, directory: Path) -> None:
             snapshot = await capture(disk, catalog, store, str(directory))
         with told("restore"):
             maker = DiskMaker(catalog, store, str(directory))
-            await maker.create(snapshot, str(target), "qcow2", lambda _progress: None)
+            await maker.create(Order(snapshot, str(target)), lambda _progress: None)
     finally:
         await store.close()
         objects.close()

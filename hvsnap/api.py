@@ -18,7 +18,7 @@ from hvsnap.api_peers import Doorkeeper, PeerCheck
 from hvsnap.errors import BadRequest, HvsnapError, NotFound
 from hvsnap.model import Event, Progress, State
 from hvsnap.service import views
-from hvsnap.service.requests import DiskRequest, RollbackRequest, SnapshotRequest
+from hvsnap.service.requests import DiskRequest, ReinitRequest, RollbackRequest, SnapshotRequest
 from hvsnap.service.service import Service
 
 SEQUENCE_MAX = 2**63 - 1
@@ -50,6 +50,7 @@ def create_app(service: Service, doorkeeper: Doorkeeper | None = None) -> FastAP
     app.include_router(_snapshots(service), prefix=wire.API, tags=["snapshots"])
     app.include_router(_policies(service), prefix=wire.API, tags=["policies"])
     app.include_router(_disks(service), prefix=wire.API, tags=["disks"])
+    app.include_router(_tasks(service), prefix=wire.API, tags=["disks"])
     app.include_router(_store(service), prefix=wire.API, tags=["store"])
     app.include_router(_daemon(service), prefix=wire.API, tags=["daemon"])
     app.add_exception_handler(HvsnapError, _on_error)
@@ -163,7 +164,14 @@ def _disks(service: Service) -> APIRouter:
 
     @router.post("/disks", status_code=202)
     async def create_disk(body: wire.DiskCreate) -> wire.Task:
-        request = DiskRequest(snapshot=body.snapshot, path=body.path, format=body.format)
+        request = DiskRequest(
+            snapshot=body.snapshot,
+            path=body.path,
+            format=body.format,
+            force=body.force,
+            pool=body.pool,
+            attach=None if body.attach is None else (body.attach.guest, body.attach.target),
+        )
         return views.task(await service.disks.create(request))
 
     @router.post("/disks/{disk:path}/rollback", status_code=202, responses={200: {"model": wire.RollbackAnswer}})
@@ -180,6 +188,29 @@ def _disks(service: Service) -> APIRouter:
             return wire.RollbackAnswer(plan=await service.rollbacks.plan(request), task=None)
         plan, task = await service.rollbacks.begin(request)
         return wire.RollbackAnswer(plan=plan, task=views.task(task))
+
+    @router.post("/disks/{disk:path}/reinit", status_code=202, responses={200: {"model": wire.RollbackAnswer}})
+    async def reinitialise_disk(disk: Id, body: wire.Reinit, response: Response) -> wire.RollbackAnswer:
+        request = ReinitRequest(disk=disk, stop=body.stop, start=body.start, safety_snapshot=body.safety_snapshot)
+        if body.dry_run:
+            response.status_code = 200
+            return wire.RollbackAnswer(plan=await service.rollbacks.plan_reinit(request), task=None)
+        plan, task = await service.rollbacks.begin_reinit(request)
+        return wire.RollbackAnswer(plan=plan, task=views.task(task))
+
+    @router.post("/disks/{disk:path}/edit")
+    async def edit_disk(disk: Id, body: wire.DiskEdit) -> wire.Disk:
+        return await service.known_disks.edit(disk, body)
+
+    @router.post("/disks/{disk:path}/release")
+    async def release_disk(disk: Id, body: wire.DiskRelease) -> wire.DiskReleased:
+        return await service.known_disks.release(disk, dry_run=body.dry_run)
+
+    return router
+
+
+def _tasks(service: Service) -> APIRouter:
+    router = APIRouter()
 
     @router.get("/tasks")
     async def list_tasks() -> wire.TaskList:

@@ -197,6 +197,8 @@ class Policies(_Table):
 
     late_max_s: float = Field(default=3600.0, ge=60.0, le=86_400.0, strict=False)
     workers: int = Field(default=2, ge=1, le=32)
+    release_days: int = Field(default=30, ge=0, le=3650)
+    """A disk that has been gone from its guest for so long is released; 0: only by its owner's word."""
 
 
 class Mqtt(_Table):

@@ -183,7 +183,7 @@ class TargetExists(Refused):
     """The file or device that was to be created is there already."""
 
     code = "target-exists"
-    default_hint = "choose another path; an existing file is never overwritten"
+    default_hint = "choose another path, or write over it with --force"
 
 
 class CaptureRunning(Busy):

@@ -18,12 +18,15 @@ from hvsnap.guard import StartGuard
 from hvsnap.hypervisor import images
 from hvsnap.hypervisor.fleet import Fleet, Member
 from hvsnap.hypervisor.libvirt import LibvirtHypervisor
+from hvsnap.hypervisor.libvirt_disks import LibvirtDisks
 from hvsnap.hypervisor.qmp import BareGuest, QmpHypervisor
 from hvsnap.model import Layer
 from hvsnap.mqtt.publisher import MqttPublisher
 from hvsnap.restore.disk import DiskMaker
+from hvsnap.restore.occupancy import Occupancy
 from hvsnap.restore.rollback import Rollback
 from hvsnap.service.announcer import Announcer
+from hvsnap.service.attaching import Attaching
 from hvsnap.service.attendance import Attendance
 from hvsnap.service.captures import Captures, CaptureSettings
 from hvsnap.service.chains import Chains
@@ -34,6 +37,8 @@ from hvsnap.service.guests import Guests
 from hvsnap.service.hooks import Hooks
 from hvsnap.service.housekeeping import Housekeeping, VerifySettings
 from hvsnap.service.inventory import Inventory
+from hvsnap.service.known_disks import KnownDisks
+from hvsnap.service.origins import Origins
 from hvsnap.service.policies import Policies
 from hvsnap.service.recovery import Recovery, RestoreRecovery
 from hvsnap.service.rollbacks import Rollbacks
@@ -139,11 +144,26 @@ async def _furnish(
     announcer.listeners.append(feed)
     guard, capture = StartGuard(Path(settings.state_dir)), _capture_settings(settings, private)
     captures = Captures(group, hypervisor, catalog, store, inventory, uses, announcer, clock, capture, guard)
-    maker, roller = DiskMaker(catalog, store, private), Rollback(hypervisor, catalog, store, private, guard)
+    devices = _devices(hypervisor)
+    maker = DiskMaker(catalog, store, private, Occupancy(hypervisor, catalog), devices)
+    roller = Rollback(hypervisor, catalog, store, private, guard)
     restores = RestoreRecovery(catalog, maker, roller, uses, guard)
-    recovery = Recovery(catalog, [captures.recover, restores.recover], captures.give_way)
+    attaching = Attaching(catalog, inventory, captures, devices)
+    recovery = Recovery(catalog, [captures.recover, restores.recover, attaching.recover], captures.give_way)
     attendance.also_wake.append(recovery.wake)
     snapshots = Snapshots(catalog, inventory, captures, uses, clock)
+    origins = Origins(catalog, snapshots)
+    known = KnownDisks(
+        catalog,
+        inventory,
+        snapshots,
+        captures,
+        uses,
+        clock,
+        sealed=store.repository.sealed,
+        release_days=settings.policies.release_days,
+    )
+    attendance.also_look.append(known.look)
     guests = Guests(inventory, hypervisor, catalog, captures, images.image_info)
     limit = settings.limits.snapshots_per_disk
     own = [place for place in (settings.state_dir, str(settings.store.path or ""), str(settings.run_dir)) if place]
@@ -162,14 +182,16 @@ async def _furnish(
     catalog.on_event.append(housekeeping.listen)
     schedule = ScheduleSettings(settings.policies.late_max_s, settings.policies.workers, limit)
     scheduler = Scheduler(catalog, captures, snapshots, clock, schedule)
+    scheduler.also_expire.append(known.release_due)
     service = Service(
         guests=guests,
         snapshots=snapshots,
         captures=captures,
         chains=Chains(catalog, inventory, captures, snapshots_max=limit),
-        disks=Disks(catalog, snapshots, tasks, uses, maker, own_directories=own),
+        disks=Disks(catalog, origins, attaching, tasks, uses, maker, own_directories=own),
+        known_disks=known,
         rollbacks=Rollbacks(
-            hypervisor, catalog, inventory, snapshots, captures, tasks, uses, roller, snapshots_max=limit
+            hypervisor, catalog, inventory, snapshots, origins, captures, tasks, uses, roller, snapshots_max=limit
         ),
         policies=Policies(catalog, inventory, clock, policies_max=settings.limits.policies),
         store=Store(
@@ -211,6 +233,14 @@ def members(settings: Settings, catalog: Catalog, on_change: Callable[..., None]
         hypervisor = QmpHypervisor(guest, settings.host_id, catalog, private, on_change)
         found.append(Member(name, hypervisor))
     return found
+
+
+def _devices(hypervisor: Fleet) -> LibvirtDisks | None:
+    """Return what makes volumes and attaches disks, where there is a libvirt."""
+    for member in hypervisor.members:
+        if isinstance(member.hypervisor, LibvirtHypervisor):
+            return LibvirtDisks(member.hypervisor.connection)
+    return None
 
 
 def _capture_settings(settings: Settings, private: str) -> CaptureSettings:

@@ -27,6 +27,9 @@ GET  /v1/chains                                         ChainList
 GET  /v1/chains/{disk}                                  Chain          with its nodes
 POST /v1/disks                       DiskCreate         Task           202
 POST /v1/disks/{disk}/rollback       Rollback           RollbackAnswer 202 and a ``task``; ``dry_run``: 200, none
+POST /v1/disks/{disk}/reinit         Reinit             RollbackAnswer as above, to what the disk was made of
+POST /v1/disks/{disk}/edit           DiskEdit           Disk
+POST /v1/disks/{disk}/release        DiskRelease        DiskReleased   of a disk that is gone from its guest
 GET  /v1/store                                          StoreInfo
 POST /v1/store/check                                    Task           202; catalog against store, both ways
 POST /v1/store/compact               StoreCompact       Task           202; with ``dry_run`` only the plan
@@ -376,12 +379,73 @@ class ChainList(Answer):
 # -- tasks, restores ------------------------------------------------------------------------------
 
 
-class DiskCreate(Request):
-    """Make a new disk of a snapshot. ``path`` is absolute, and must not exist."""
+class Attach(Request):
+    """Where a new disk is to be attached, through libvirt."""
 
-    snapshot: Name
-    path: Name
+    guest: Name
+    target: str = Field(max_length=64, examples=["vdb"])
+
+
+class DiskCreate(Request):
+    """Make a new disk of a snapshot or image."""
+
+    snapshot: Name = Field(description="id of a snapshot, or id or name of an image")
+    path: Name = Field(description="absolute; with ``pool`` the name of the new volume")
     format: Literal["qcow2", "raw"] = "qcow2"
+    force: bool = Field(default=False, description="write over a file that is there, or a block device")
+    pool: str = Field(default="", max_length=4096, description="libvirt's storage pool that gets the new volume")
+    attach: Attach | None = None
+
+
+class Reinit(Request):
+    """Bring a disk back to the snapshot or image that it was made of (SERVICE 7.3)."""
+
+    stop: bool = Field(default=False, description="shut the guest down gracefully first")
+    start: bool = Field(default=False, description="start the guest afterwards")
+    safety_snapshot: bool = Field(default=True, description="make a snapshot of the present state first")
+    dry_run: bool = False
+
+
+class DiskEdit(Request):
+    """Change what holds for a disk; what is left out stays."""
+
+    delete_auto_with_disk: bool | None = Field(default=None, description="its release deletes its automatic snapshots")
+    encrypted: bool | None = Field(default=None, description="it is never stored in plain")
+
+
+class DiskRelease(Request):
+    """Forget a disk that is gone from its guest (SERVICE 5.6)."""
+
+    dry_run: bool = False
+
+
+class Disk(Answer):
+    """A disk that hvsnap knows."""
+
+    id: str = Field(examples=["d-mfrggzdfmztw"])
+    guest: str
+    guest_uuid: str
+    target: str
+    path: str
+    format: str
+    size_bytes: int
+    system: bool
+    released: bool = Field(description="it is forgotten; its snapshots that are left can make new disks")
+    gone_since: AwareDatetime | None = Field(description="when it was first seen to be gone from its guest")
+    policy: str | None = Field(description="its name")
+    delete_auto_with_disk: bool
+    encrypted: bool
+    origin: str | None = Field(description="the snapshot or image that hvsnap made it of")
+
+
+class DiskReleased(Answer):
+    """A disk that was released, or with ``dry_run`` would be."""
+
+    dry_run: bool
+    disk: Disk
+    deleted: list[str] = Field(description="its automatic snapshots that go with it")
+    freed_bytes: int
+    kept: int = Field(description="snapshots that stay")
 
 
 class Rollback(Request):
@@ -424,22 +488,37 @@ class DiskCreated(Answer):
 
     kind: Literal["disk-create"] = "disk-create"
     snapshot: str
+    made_of: str = Field(description="the snapshot, or the image that it is behind")
     path: str
     format: str
     size_bytes: int
     written_bytes: int
+    attached: str | None = Field(description="GUEST/TARGET; null: it was not asked for")
+    disk: str | None = Field(description="its id, where it was attached")
 
 
-class RolledBack(Answer):
-    """What became of a Rollback."""
+class SetBack(Answer):
+    """What a rollback or re-initialisation has done."""
 
-    kind: Literal["disk-rollback"] = "disk-rollback"
     disk: str
     snapshot: str
     written_bytes: int
     safety_snapshot: str | None = Field(description="id of the snapshot of the state that was replaced")
     started: bool
     notes: list[str]
+
+
+class RolledBack(SetBack):
+    """What became of a Rollback."""
+
+    kind: Literal["disk-rollback"] = "disk-rollback"
+
+
+class Reinitialised(SetBack):
+    """What became of a Reinit."""
+
+    kind: Literal["disk-reinit"] = "disk-reinit"
+    origin: str = Field(description="the snapshot or image that the disk was made of")
 
 
 class AffectedSnapshot(Answer):
@@ -542,7 +621,7 @@ class StoreCompacted(Answer):
     packs: list[PackFate] = Field(description="with dry_run: what becomes of packs that do not stay as they are")
 
 
-TaskResult = DiskCreated | RolledBack | SnapshotsVerified | StoreChecked | StoreCompacted
+TaskResult = DiskCreated | RolledBack | Reinitialised | SnapshotsVerified | StoreChecked | StoreCompacted
 """What work returns, by its kind."""
 
 
@@ -550,7 +629,7 @@ class Task(Answer):
     """Long work that goes on in the daemon, whoever asked for it."""
 
     id: str = Field(examples=["t-mfrggzdfmztw"])
-    kind: str = Field(examples=["disk-create", "disk-rollback", "snapshot-verify", "store-check", "store-compact"])
+    kind: str = Field(examples=["disk-create", "disk-rollback", "disk-reinit", "snapshot-verify", "store-check"])
     subject: str = Field(description="what it works on, for people")
     state: TaskState
     step: str = Field(description="what it is doing now, for people")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import HvsnapError, TargetExists
 from hvsnap.guard import StartGuard
 from hvsnap.hypervisor.images import ImageInfo
-from hvsnap.model import DiskId, Method, Operation, Progress, Snapshot, SnapshotId
-from hvsnap.restore.disk import NewDisk
+from hvsnap.model import DiskId, GuestUuid, GuestView, Layer, Method, Operation, Progress, SnapshotId
+from hvsnap.restore.disk import ATTACH_KIND, NewDisk, Order, Plan
 from hvsnap.restore.rollback import RollbackPlan
+from hvsnap.restore.target import Manner
 from hvsnap.server import HttpServer, listen
+from hvsnap.service.attaching import Attaching
 from hvsnap.service.chains import Chains
 from hvsnap.service.disks import Disks
 from hvsnap.service.doctor import Doctor
@@ -29,6 +31,8 @@ from hvsnap.service.guests import Guests
 from hvsnap.service.hooks import Hooks
 from hvsnap.service.housekeeping import Housekeeping, VerifySettings
 from hvsnap.service.inventory import Inventory
+from hvsnap.service.known_disks import KnownDisks
+from hvsnap.service.origins import Origins
 from hvsnap.service.policies import Policies
 from hvsnap.service.recovery import Recovery, RestoreRecovery
 from hvsnap.service.rollbacks import Rollbacks
@@ -57,18 +61,26 @@ class FakeMaker:
         self.error: HvsnapError | None = None
         self.recovered: list[Operation] = []
         self.taken: set[str] = set()
+        self.orders: list[Order] = []
 
-    async def check(self, snapshot_id: SnapshotId, path: str, image_format: str) -> tuple[Snapshot, int]:
-        if path in self.taken:
-            raise TargetExists(f"{path} exists")
-        return await self.catalog.snapshot(snapshot_id), 7
+    async def check(self, order: Order) -> Plan:
+        if order.path in self.taken and not order.force:
+            raise TargetExists(f"{order.path} exists")
+        self.orders.append(order)
+        path = f"/pools/{order.pool}/{order.path}" if order.pool else order.path
+        return Plan(await self.catalog.snapshot(order.snapshot), path, Manner.NEW, 7)
 
-    async def create(self, snapshot_id: SnapshotId, path: str, image_format: str, report: Report) -> NewDisk:
-        report(Progress(snapshot_id, 1, 2, 10.0, 0.1))
+    async def create(self, order: Order, report: Report) -> NewDisk:
+        report(Progress(order.snapshot, 1, 2, 10.0, 0.1))
         await self.go_on.wait()
         if self.error is not None:
             raise self.error
-        return NewDisk(path, image_format, 2**30, 4096)
+        path, attaching = (await self.check(order)).path, None
+        if order.attach is not None:
+            async with self.catalog.write() as tx:
+                facts = {"path": path, "format": order.format, "target": order.attach.target, "payload": {"path": path}}
+                attaching = (await tx.open_operation(ATTACH_KIND, order.attach.guest, "attaching", facts)).id
+        return NewDisk(path, order.format, 2**30, 4096, attaching)
 
     async def recover(self, operation: Operation) -> None:
         self.recovered.append(operation)
@@ -91,11 +103,15 @@ class FakeRoller:
     def _plan(self, snapshot_id: SnapshotId) -> RollbackPlan:
         return RollbackPlan(snapshot_id, 3 * 65536, 65536, Method.BITMAP, "", self.resized)
 
-    async def plan(self, disk_id: DiskId, snapshot_id: SnapshotId, report: Report) -> RollbackPlan:
+    async def plan(
+        self, disk_id: DiskId, snapshot_id: SnapshotId, report: Report, *, origin: bool = False
+    ) -> RollbackPlan:
         return self._plan(snapshot_id)
 
-    async def run(self, disk_id: DiskId, snapshot_id: SnapshotId, report: Report) -> RollbackPlan:
-        self.log.append(f"roll back {disk_id}")
+    async def run(
+        self, disk_id: DiskId, snapshot_id: SnapshotId, report: Report, *, origin: bool = False
+    ) -> RollbackPlan:
+        self.log.append(f"{'re-initialise' if origin else 'roll back'} {disk_id}")
         await self.go_on.wait()
         if self.error is not None:
             raise self.error
@@ -107,6 +123,33 @@ class FakeRoller:
             raise self.error
         async with self.catalog.write() as tx:
             await tx.close_operation(operation.id)
+
+
+class FakeDevices:
+    """Attaches disks in memory; ``error`` is what libvirt says."""
+
+    def __init__(self) -> None:
+        self.hypervisor: FakeHypervisor | None = None
+        self.error: HvsnapError | None = None
+
+    def _guest(self, uuid: GuestUuid) -> GuestView:
+        assert self.hypervisor is not None
+        return self.hypervisor.shown[uuid]
+
+    async def check_attachable(self, uuid: GuestUuid, target: str) -> None:
+        if any(view.target == target for view in self._guest(uuid).disks):
+            raise TargetExists(f"guest {uuid} has a disk {target} already")
+
+    async def attach(self, uuid: GuestUuid, target: str, layer: Layer, *, block_device: bool) -> None:
+        if self.error is not None:
+            raise self.error
+        guest = self._guest(uuid)
+        view = a_view(target, layer.path, system=False)
+        assert self.hypervisor is not None
+        self.hypervisor.shown[uuid] = replace(guest, disks=(*guest.disks, view))
+
+    async def attached(self, uuid: GuestUuid, target: str, path: str) -> bool:
+        return any((view.target, view.top.path) == (target, path) for view in self._guest(uuid).disks)
 
 
 @dataclass
@@ -125,6 +168,7 @@ class House:
     mqtt: MqttStatus = field(
         default_factory=lambda: MqttStatus(configured=True, connected=False, pending=2, error="refused")
     )
+    devices: FakeDevices = field(default_factory=FakeDevices)
 
 
 async def _inspect(path: str, image_format: str) -> ImageInfo:
@@ -144,6 +188,9 @@ async def a_house(directory: Path) -> AsyncIterator[House]:
         maker, roller = FakeMaker(catalog), FakeRoller(catalog, hypervisor.log)
         inventory = Inventory(hypervisor, catalog, clock)
         snapshots = Snapshots(catalog, inventory, captures, uses, clock)
+        origins, devices = Origins(catalog, snapshots), FakeDevices()
+        devices.hypervisor = hypervisor
+        attaching = Attaching(catalog, inventory, captures, devices)
         guests = Guests(inventory, hypervisor, catalog, captures, _inspect)
         restores = RestoreRecovery(catalog, maker, roller, uses, StartGuard(directory))
         mqtt = MqttStatus(configured=True, connected=False, pending=2, error="refused")
@@ -156,9 +203,10 @@ async def a_house(directory: Path) -> AsyncIterator[House]:
             captures=captures,
             policies=Policies(catalog, inventory, clock, policies_max=100),
             chains=Chains(catalog, inventory, captures, snapshots_max=64),
-            disks=Disks(catalog, snapshots, tasks, uses, maker, own_directories=["/var/lib/hvsnap"]),
+            disks=Disks(catalog, origins, attaching, tasks, uses, maker, own_directories=["/var/lib/hvsnap"]),
+            known_disks=KnownDisks(catalog, inventory, snapshots, captures, uses, clock, sealed=False, release_days=30),
             rollbacks=Rollbacks(
-                hypervisor, catalog, inventory, snapshots, captures, tasks, uses, roller, snapshots_max=64
+                hypervisor, catalog, inventory, snapshots, origins, captures, tasks, uses, roller, snapshots_max=64
             ),
             store=Store(
                 catalog,
@@ -180,13 +228,13 @@ async def a_house(directory: Path) -> AsyncIterator[House]:
                 captures.busy_disks,
                 lambda: mqtt,
             ),
-            recovery=Recovery(catalog, [restores.recover]),
+            recovery=Recovery(catalog, [restores.recover, attaching.recover]),
             status=StatusBoard("host-1", hypervisor, catalog, captures, tasks, lambda: mqtt, clock),
             feed=feed,
             hooks=Hooks(directory, lambda: None),
         )
         try:
-            yield House(catalog, hypervisor, captures, maker, roller, uses, tasks, store, service)
+            yield House(catalog, hypervisor, captures, maker, roller, uses, tasks, store, service, devices=devices)
         finally:
             feed.close()
             await tasks.shutdown(5)

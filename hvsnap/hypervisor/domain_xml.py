@@ -5,10 +5,11 @@ https://libvirt.org/formatdomain.html#hard-drives-floppy-disks-cdroms
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
-from hvsnap.errors import HypervisorFailed
+from hvsnap.errors import BadRequest, HypervisorFailed
 from hvsnap.model import DiskView, GuestState, GuestUuid, GuestView, Layer
 
 BUSES = ("virtio", "scsi")
@@ -180,3 +181,46 @@ def snapshot_xml(all_targets: list[str], overlays: dict[str, str]) -> str:
         ElementTree.SubElement(disk, "driver", type="qcow2")
         ElementTree.SubElement(disk, "source", file=overlay)
     return ElementTree.tostring(root, encoding="unicode")
+
+
+# -- new disks ------------------------------------------------------------------------------------
+
+_BUS_OF = {"vd": "virtio", "sd": "scsi"}
+
+
+def bus_of(target: str) -> str:
+    """Return the bus that a target's name stands for; raises :class:`BadRequest`."""
+    if not re.fullmatch(r"(vd|sd)[a-z]{1,3}", target):
+        hint = "vdb and the like are virtio disks, sdb and the like SCSI disks"
+        raise BadRequest(f"{target[:64]!a} is no target of a disk", hint=hint)
+    return _BUS_OF[target[:2]]
+
+
+def targets(root: ElementTree.Element) -> list[tuple[str, str]]:
+    """Return the target and the topmost image of each disk that a domain's XML shows; drives of all kinds are told."""
+    elements = root.findall("devices/disk")
+    return [(_disk(one, system=False).target, _source_path(one.find("source"))) for one in elements]
+
+
+def disk_xml(target: str, layer: Layer, *, block_device: bool) -> str:
+    """Return the XML of a disk to be attached. It passes on what the guest discards (SERVICE 9.4)."""
+    disk = ElementTree.Element("disk", type="block" if block_device else "file", device="disk")
+    ElementTree.SubElement(disk, "driver", name="qemu", type=layer.format, discard="unmap")
+    ElementTree.SubElement(disk, "source", {"dev" if block_device else "file": layer.path})
+    ElementTree.SubElement(disk, "target", dev=target, bus=bus_of(target))
+    return ElementTree.tostring(disk, encoding="unicode")
+
+
+def volume_xml(name: str, image_format: str, size_bytes: int) -> str:
+    """Return the XML of an empty volume that takes no space yet."""
+    volume = ElementTree.Element("volume")
+    ElementTree.SubElement(volume, "name").text = name
+    ElementTree.SubElement(volume, "capacity", unit="bytes").text = str(size_bytes)
+    ElementTree.SubElement(volume, "allocation").text = "0"
+    ElementTree.SubElement(ElementTree.SubElement(volume, "target"), "format", type=image_format)
+    return ElementTree.tostring(volume, encoding="unicode")
+
+
+def pool_place(root: ElementTree.Element) -> tuple[str, str]:
+    """Return the type of a storage pool, and the directory of its volumes."""
+    return root.get("type", ""), root.findtext("target/path") or ""

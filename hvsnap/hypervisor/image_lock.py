@@ -60,6 +60,25 @@ def _lock(path: str) -> int:
     return fd
 
 
+def in_use(path: str) -> bool:
+    """Whether a program has an image file open as QEMU does, be it for reading alone. Blocking.
+
+    What cannot be looked at counts as in use, but where there are no locks at all.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        whole = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, _USED, 2 * (_UNSHARED - _USED), 0)
+        found: int = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_OFD_GETLK, whole))[0]
+        return found != fcntl.F_UNLCK
+    except OSError as error:
+        return error.errno not in _NO_LOCKS
+    finally:
+        os.close(fd)
+
+
 @contextlib.asynccontextmanager
 async def images_locked(paths: Sequence[str]) -> AsyncIterator[None]:
     """Keep images from being opened for writing for as long as the context lasts; readers are not disturbed.

@@ -137,6 +137,17 @@ async def create_image(path: str, image_format: str, size_bytes: int, *, like: s
         raise
 
 
+async def format_device(path: str, image_format: str, size_bytes: int) -> None:
+    """Write an empty image onto a block device, over whatever is there."""
+    await run("qemu-img", "create", "-q", "-f", image_format, path, str(size_bytes))
+
+
+async def largest_size(image_format: str, size_bytes: int) -> int:
+    """Return how many bytes an image of a disk takes once all of the disk was written to."""
+    out = await run("qemu-img", "measure", "--output=json", "-O", image_format, "--size", str(size_bytes))
+    return int(json.loads(out)["fully-allocated"])
+
+
 async def bitmap_add(path: str, name: str, granularity: int, *, disabled: bool = False) -> None:
     """Add a persistent bitmap to a qcow2 image that nobody writes to; it records unless ``disabled``."""
     state = "--disable" if disabled else "--enable"

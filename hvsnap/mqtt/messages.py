@@ -172,7 +172,7 @@ class NewDiskPayload(BaseModel):
 
 
 class NewDiskFailedPayload(NewDiskPayload):
-    """A disk that could not be made; nothing is left of it."""
+    """What could not be done with a new disk."""
 
     error: str
 
@@ -300,9 +300,9 @@ class NewDiskEvent(EventMessage):
 
 
 class NewDiskFailedEvent(EventMessage):
-    """A new disk could not be made."""
+    """A new disk could not be made, and nothing is left of it; or it is whole, and could not be attached."""
 
-    type: Literal[EventType.DISK_CREATE_FAILED]
+    type: Literal[EventType.DISK_CREATE_FAILED, EventType.DISK_ATTACH_FAILED]
     payload: NewDiskFailedPayload
 
 
@@ -328,9 +328,9 @@ class RollbackFailedEvent(EventMessage):
 
 
 class DiskEvent(EventMessage):
-    """A disk has a chain from now on."""
+    """A disk is known from now on, or is back; is gone from its guest; is released, and forgotten."""
 
-    type: Literal[EventType.DISK_ATTACHED]
+    type: Literal[EventType.DISK_ATTACHED, EventType.DISK_DETACHED, EventType.DISK_RELEASED]
     payload: DiskPayload
 
 

@@ -36,6 +36,24 @@ class Filler:
             wanted[max(0, self._snapshot_blocks - page * PAGE_BLOCKS) :] = False
             yield page_writes(page, wanted, view, self._snapshot_blocks)
 
+    async def all_writes(self, size_bytes: int, *, skip_first: bool = False) -> AsyncIterator[PageWrites]:
+        """Yield what a disk of this size needs that may hold anything: every block, also those that are zero."""
+        blocks = -(-size_bytes // self._store.block_size)
+        wanted = BlockSet(blocks)
+        for page in range(wanted.pages):
+            members = np.arange(page * PAGE_BLOCKS, (page + 1) * PAGE_BLOCKS) < blocks
+            members[0] &= page > 0 or not skip_first
+            wanted.add_page(page, members)
+        async for one in self.differing_writes(wanted):
+            yield one
+
+    async def first_write(self) -> AsyncIterator[PageWrites]:
+        """Yield the first block alone."""
+        wanted = BlockSet(1)
+        wanted.add_index(0, np.zeros(1, np.uint16))
+        async for one in self.differing_writes(wanted):
+            yield one
+
     async def differing_writes(self, differs: BlockSet) -> AsyncIterator[PageWrites]:
         """Yield what a disk needs that differs from the snapshot in these blocks."""
         held = set(await self._catalog.page_numbers(self._snapshot.id))

@@ -2,6 +2,9 @@
 
 The journal's entry is opened before the first write. Whatever state a crash leaves the disk in, resuming compares all
 of it with the snapshot, writes what still differs, and ends as an undisturbed rollback does.
+
+A disk is re-initialised in the same way, to the snapshot of another disk that it was made of (``origin``): then its own
+chain goes on where it was, and its bitmap with it, which sees what is written here as any other write.
 """
 
 from __future__ import annotations
@@ -109,9 +112,11 @@ class Rollback:
         self._run_dir = run_dir
         self._guard = guard
 
-    async def plan(self, disk_id: DiskId, snapshot_id: SnapshotId, report: Report) -> RollbackPlan:
+    async def plan(
+        self, disk_id: DiskId, snapshot_id: SnapshotId, report: Report, *, origin: bool = False
+    ) -> RollbackPlan:
         """Return what would be written; nothing is touched. Raises as :meth:`run` does."""
-        disk, snapshot, info = await self._check(disk_id, snapshot_id)
+        disk, snapshot, info = await self._check(disk_id, snapshot_id, origin=origin)
         differs, method, reason = await self._differs(disk, snapshot, info, report)
         filler = Filler(self._catalog, self._store, snapshot)
         stored, zero = await filler.count(filler.differing_writes(differs))
@@ -119,14 +124,16 @@ class Rollback:
         resized = info.size_bytes != snapshot.size_bytes
         return RollbackPlan(snapshot.id, stored * size, zero * size, method, reason, resized)
 
-    async def run(self, disk_id: DiskId, snapshot_id: SnapshotId, report: Report) -> RollbackPlan:
+    async def run(
+        self, disk_id: DiskId, snapshot_id: SnapshotId, report: Report, *, origin: bool = False
+    ) -> RollbackPlan:
         """Bring the disk back to the snapshot.
 
         Raises :class:`GuestRunning`, :class:`Refused` (another disk's snapshot, one that is not accomplished),
         :class:`Damaged` before anything is written. From the first write on a failure leaves the journal's entry
         open, and :meth:`resume` goes on.
         """
-        disk, snapshot, info = await self._check(disk_id, snapshot_id)
+        disk, snapshot, info = await self._check(disk_id, snapshot_id, origin=origin)
         filler = Filler(self._catalog, self._store, snapshot)
         size = self._store.block_size
         # A guest that ran for a while between the look at its disk and the writing would leave what it wrote.
@@ -152,14 +159,15 @@ class Rollback:
         if operation.step == Step.WRITTEN:
             disk, snapshot = await self._catalog.disk(disk_id), await self._catalog.snapshot(snapshot_id)
             info = await images.image_info(disk.source, disk.format)
-            if disk.bitmap is not None and info.bitmap(disk.bitmap) is not None:
+            own = snapshot.disk == disk.id
+            if own and disk.bitmap is not None and info.bitmap(disk.bitmap) is not None:
                 with contextlib.suppress(HypervisorFailed):  # in use: it only takes some memory there
                     await images.bitmap_remove(disk.source, disk.bitmap)
             # If the bitmap was not started before the crash, its name stays unknown to the image: that means a rescan.
             bitmap = _bitmap_name(operation) if info.holds_bitmaps else None
             await self._finish(operation, disk, snapshot, info, bitmap)
             return
-        disk, snapshot, info = await self._check(disk_id, snapshot_id)
+        disk, snapshot, info = await self._check(disk_id, snapshot_id, origin=bool(operation.facts.get("origin")))
         await self._guard.bar(Bar.of(disk, ROLLBACK, snapshot=snapshot.id))
         async with images_locked([disk.source]):
             differs = await self._compare(disk, snapshot, info, report)
@@ -174,7 +182,7 @@ class Rollback:
         await self._guard.bar(Bar.of(disk, ROLLBACK, snapshot=snapshot.id))
         try:
             async with self._catalog.write() as tx:
-                facts = {"disk": disk.id, "snapshot": snapshot.id}
+                facts = {"disk": disk.id, "snapshot": snapshot.id, "origin": snapshot.disk != disk.id}
                 operation = await tx.open_operation(KIND, disk.guest_uuid, Step.WRITING, facts)
                 await tx.emit(EventType.ROLLBACK_STARTED, disk_payload(disk) | {"snapshot": snapshot.id})
         except BaseException:
@@ -187,10 +195,12 @@ class Rollback:
         if all(one.facts.get("disk") != disk.id for one in await self._catalog.operations(KIND)):
             await self._guard.lift(disk.id, ROLLBACK)
 
-    async def _check(self, disk_id: DiskId, snapshot_id: SnapshotId) -> tuple[Disk, Snapshot, ImageInfo]:
+    async def _check(
+        self, disk_id: DiskId, snapshot_id: SnapshotId, *, origin: bool
+    ) -> tuple[Disk, Snapshot, ImageInfo]:
         disk = await self._catalog.disk(disk_id)
         snapshot = await self._catalog.snapshot(snapshot_id)
-        if snapshot.disk != disk.id:
+        if snapshot.disk != disk.id and not origin:
             hint = f"make a new disk of it: `hvsnap disk-create {snapshot.id} TARGET`"
             raise Refused(f"snapshot {snapshot.id} belongs to another disk ({snapshot.disk})", hint=hint)
         if snapshot.state is not State.ACCOMPLISHED:
@@ -309,7 +319,7 @@ class Rollback:
 
         Returns the bitmap's name. When the image is in use already, it has none of that name: the next capture rescans.
         """
-        if not info.holds_bitmaps:
+        if not info.holds_bitmaps or operation.facts.get("origin"):
             return None
         name = _bitmap_name(operation)
         try:
@@ -325,8 +335,10 @@ class Rollback:
         self, operation: Operation, disk: Disk, snapshot: Snapshot, info: ImageInfo, bitmap: str | None
     ) -> None:
         async with self._catalog.write() as tx:
-            await tx.update_disk(disk.id, head=snapshot.id, bitmap=bitmap, size_bytes=info.size_bytes)
-            await tx.clear_carry(disk.id)
+            await tx.update_disk(disk.id, size_bytes=info.size_bytes)
+            if snapshot.disk == disk.id:
+                await tx.update_disk(disk.id, head=snapshot.id, bitmap=bitmap)
+                await tx.clear_carry(disk.id)
             await tx.emit(EventType.ROLLBACK_FINISHED, disk_payload(disk) | {"snapshot": snapshot.id})
             await tx.close_operation(operation.id)
         await self._guard.lift(disk.id, ROLLBACK)

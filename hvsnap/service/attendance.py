@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import HvsnapError
@@ -35,6 +35,8 @@ class Attendance:
         self._woken = asyncio.Event()
         self.also_wake: list[Callable[[], None]] = []
         """Others who look at guests anew when something has happened to one."""
+        self.also_look: list[Callable[[], Awaitable[None]]] = []
+        """What is looked at together with the guests."""
 
     def look_at(self, hypervisor: Hypervisor) -> None:
         """Say whose guests these are; the hypervisor itself is made with :meth:`lifecycle`, and so comes later."""
@@ -56,6 +58,8 @@ class Attendance:
             pause_s = LOOK_S
             try:
                 await self.look()
+                for look in self.also_look:
+                    await look()
             except HvsnapError as error:
                 log.info("guests cannot be listed: %s", error.message)
                 pause_s = RETRY_S

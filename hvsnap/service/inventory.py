@@ -16,6 +16,7 @@ from hvsnap.capture.facts import KIND, CaptureFacts
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import BadRequest, DiskUnknown, GuestUnknown, NoEligibleDisk
 from hvsnap.happenings import EventType, disk_payload
+from hvsnap.hypervisor import images
 from hvsnap.model import Disk, DiskId, DiskView, GuestView, Layer, Operation, new_id
 from hvsnap.ports import Census, Clock, Hypervisor
 
@@ -249,6 +250,20 @@ class Inventory:
         disks = await self._catalog.disks(include_released=True)
         base = (await self.overlays()).get(name)
         return pick_disk(disks, name if base is None else base.path, guest=guest)
+
+    async def known_or_attached(self, name: str) -> Disk:
+        """Return the row of an attached disk, made for one that had none, or of one that is gone from its guest.
+
+        Raises :class:`DiskUnknown`, :class:`BadRequest`, :class:`NoEligibleDisk`.
+        """
+        try:
+            found = await self.find_attached(name)
+        except DiskUnknown:
+            return await self.disk(name)
+        if found.known is not None:
+            return found.known
+        info = await images.image_info(found.view.top.path, found.view.top.format)
+        return await self.register(found, info.size_bytes)
 
     async def find_attached(self, name: str) -> Found:
         """Return an attached disk by its id, path, ``GUEST/TARGET``, or target where only one guest has such a one.

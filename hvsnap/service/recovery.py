@@ -210,6 +210,8 @@ class Recovery:
             outcome, detail = "finished", "the guest's file systems are thawed"
         elif operation.kind == disk.KIND and operation.step == disk.Step.NAMED:
             outcome, detail = "finished", "the disk is whole"
+        elif operation.kind == disk.ATTACH_KIND:
+            outcome, detail = "finished", "the disk is attached, or an event says why not"
         elif operation.kind == disk.KIND:
             outcome, detail = "undone", "what was half-made is removed"
         else:

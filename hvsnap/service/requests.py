@@ -52,12 +52,29 @@ class RollbackRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class ReinitRequest:
+    """Bring a disk back to what it was made of (SERVICE 7.3)."""
+
+    disk: str
+    stop: bool = False
+    start: bool = False
+    safety_snapshot: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class DiskRequest:
-    """Make a new disk of a snapshot (SERVICE 7.1). ``path`` is absolute and must not exist."""
+    """Make a new disk of a snapshot or image (SERVICE 7.1).
+
+    ``path`` is absolute and must not exist, or only with ``force``; with ``pool`` it is the name of a new volume.
+    ``attach`` is a guest and a target.
+    """
 
     snapshot: str
     path: str
     format: str = "qcow2"
+    force: bool = False
+    pool: str = ""
+    attach: tuple[str, str] | None = None
 
 
 class CapturesPort(Protocol):

@@ -1,10 +1,10 @@
-"""Setting disks back: to a snapshot of their own (SERVICE 6)."""
+"""Setting disks back: to a snapshot of their own (SERVICE 6), or to what they were made of (SERVICE 7.3)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from hvsnap import wire
 from hvsnap.catalog.catalog import Catalog
@@ -16,7 +16,8 @@ from hvsnap.restore import rollback
 from hvsnap.restore.rollback import RollbackPlan
 from hvsnap.service.inventory import Found, Inventory, pick_disk
 from hvsnap.service.names import NAME_LENGTH_MAX
-from hvsnap.service.requests import CapturesPort, RollbackRequest, SnapshotRequest
+from hvsnap.service.origins import Origins
+from hvsnap.service.requests import CapturesPort, ReinitRequest, RollbackRequest, SnapshotRequest
 from hvsnap.service.snapshots import Snapshots
 from hvsnap.service.tasks import TaskRun, Tasks, TaskView
 from hvsnap.service.uses import Uses
@@ -25,6 +26,7 @@ SHUTDOWN_TIMEOUT_S = 180.0
 """A guest's services may take their time: systemd alone gives each of them 90 s."""
 
 KIND_ROLLBACK = "disk-rollback"
+KIND_REINIT = "disk-reinit"
 
 Report = Callable[[Progress], None]
 
@@ -32,23 +34,33 @@ Report = Callable[[Progress], None]
 class Roller(Protocol):
     """Sets disks back: :class:`hvsnap.restore.rollback.Rollback`."""
 
-    async def plan(self, disk_id: DiskId, snapshot_id: SnapshotId, report: Report) -> RollbackPlan:
+    async def plan(
+        self, disk_id: DiskId, snapshot_id: SnapshotId, report: Report, *, origin: bool = False
+    ) -> RollbackPlan:
         """Return what would be written, by looking at the disk."""
         ...
 
-    async def run(self, disk_id: DiskId, snapshot_id: SnapshotId, report: Report) -> RollbackPlan:
-        """Bring the disk back to the snapshot."""
+    async def run(
+        self, disk_id: DiskId, snapshot_id: SnapshotId, report: Report, *, origin: bool = False
+    ) -> RollbackPlan:
+        """Bring the disk back to the snapshot, with ``origin`` also to another disk's."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Rolling:
-    """A rollback that was checked and may begin."""
+    """A rollback that was checked and may begin; ``origin``: the id of what the disk is re-initialised to."""
 
-    request: RollbackRequest
+    request: RollbackRequest | ReinitRequest
     found: Found
     disk: Disk
     snapshot: Snapshot
+    origin: str = ""
+
+    @property
+    def to(self) -> str:
+        """What the disk is set back to, as its user calls it."""
+        return self.origin or self.snapshot.id
 
 
 def pick_for(disks: Sequence[Disk], name: str, snapshot: Snapshot) -> Disk:
@@ -69,9 +81,10 @@ def _names(disk: Disk) -> tuple[str, ...]:
     return (disk.id, disk.source, *targets)
 
 
-def safety_name(snapshot: Snapshot) -> str:
-    """Return the name of the snapshot that is made before a rollback."""
-    return f"before rollback to {snapshot.name}"[:NAME_LENGTH_MAX].rstrip()
+def safety_name(snapshot: Snapshot, origin: str = "") -> str:
+    """Return the name of the snapshot that is made before a rollback, or before a disk goes back to its origin."""
+    name = f"before re-initialising to {origin}" if origin else f"before rollback to {snapshot.name}"
+    return name[:NAME_LENGTH_MAX].rstrip()
 
 
 class Rollbacks:
@@ -83,6 +96,7 @@ class Rollbacks:
         catalog: Catalog,
         inventory: Inventory,
         snapshots: Snapshots,
+        origins: Origins,
         captures: CapturesPort,
         tasks: Tasks,
         uses: Uses,
@@ -94,6 +108,7 @@ class Rollbacks:
         self._catalog = catalog
         self._inventory = inventory
         self._snapshots = snapshots
+        self._origins = origins
         self._captures = captures
         self._tasks = tasks
         self._uses = uses
@@ -102,19 +117,33 @@ class Rollbacks:
 
     async def plan(self, request: RollbackRequest) -> wire.RollbackPlan:
         """Return what a rollback would do now. It looks at the disk, which takes its time where no bitmap helps."""
-        rolling = await self._check(request)
+        return await self._plan(await self._check(request))
+
+    async def plan_reinit(self, request: ReinitRequest) -> wire.RollbackPlan:
+        """Return what re-initialising a disk would do now; see :meth:`plan`."""
+        return await self._plan(await self._check_reinit(request))
+
+    async def _plan(self, rolling: _Rolling) -> wire.RollbackPlan:
         if rolling.found.guest.active:
             return self._told(rolling, None)  # a disk in use cannot be compared
         with self._uses.hold_snapshot(rolling.snapshot.id, "being compared with its disk"):
-            plan = await self._roller.plan(rolling.disk.id, rolling.snapshot.id, lambda _progress: None)
+            plan = await self._roller.plan(
+                rolling.disk.id, rolling.snapshot.id, lambda _progress: None, origin=bool(rolling.origin)
+            )
         return self._told(rolling, plan)
 
     async def begin(self, request: RollbackRequest) -> tuple[wire.RollbackPlan, TaskView]:
         """Start a rollback. Raises what can be told beforehand: nothing was touched then."""
-        rolling = await self._check(request)
-        subject = f"{rolling.disk.guest_name}/{rolling.disk.target} to {rolling.snapshot.id}"
+        return self._begin(await self._check(request), KIND_ROLLBACK)
+
+    async def begin_reinit(self, request: ReinitRequest) -> tuple[wire.RollbackPlan, TaskView]:
+        """Start to bring a disk back to its origin. Raises what can be told beforehand: nothing was touched then."""
+        return self._begin(await self._check_reinit(request), KIND_REINIT)
+
+    def _begin(self, rolling: _Rolling, kind: str) -> tuple[wire.RollbackPlan, TaskView]:
+        subject = f"{rolling.disk.guest_name}/{rolling.disk.target} to {rolling.to}"
         task = self._tasks.start(
-            KIND_ROLLBACK, subject, lambda run: self._roll_back(rolling, run), guest=rolling.disk.guest_uuid
+            kind, subject, lambda run: self._roll_back(rolling, run), guest=rolling.disk.guest_uuid
         )
         return self._told(rolling, None), task
 
@@ -126,6 +155,19 @@ class Rollbacks:
             hint = "only accomplished snapshots can be restored"
             raise Refused(f"snapshot {snapshot.id} is {snapshot.state}", hint=hint)
         found = await self._inventory.attached(disk)
+        await self._check_free(request, found, disk)
+        return _Rolling(request, found, disk, snapshot)
+
+    async def _check_reinit(self, request: ReinitRequest) -> _Rolling:
+        """Check the rules of SERVICE 7.3 in the same way. A disk without any snapshot becomes known by it."""
+        disk = await self._inventory.known_or_attached(request.disk)
+        found = await self._inventory.attached(disk)
+        origin, snapshot = await self._origins.of_disk(disk)
+        await self._check_free(request, found, disk)
+        return _Rolling(request, found, disk, snapshot, origin)
+
+    async def _check_free(self, request: RollbackRequest | ReinitRequest, found: Found, disk: Disk) -> None:
+        """Refuse a disk that is in use, or whose chain has no room for the safety snapshot."""
         if found.guest.active and not request.stop:
             raise GuestRunning(f"guest {found.guest.name} is {found.guest.state}")
         rollback.check_not_saved(found.guest)
@@ -141,12 +183,12 @@ class Rollbacks:
             if len(nodes) >= self._snapshots_max:
                 hint = "delete a snapshot of this disk first, or give --no-safety-snapshot"
                 raise ChainFull(f"the chain of disk {disk.id} has no room for a safety snapshot", hint=hint)
-        return _Rolling(request, found, disk, snapshot)
 
     def _told(self, rolling: _Rolling, plan: RollbackPlan | None) -> wire.RollbackPlan:
         request, disk, active = rolling.request, rolling.disk, rolling.found.guest.active
         kept = ", but for the safety snapshot" if request.safety_snapshot else ""
-        notes = [f"what was written since the snapshot is lost{kept}"]
+        since = "the disk was made" if rolling.origin else "the snapshot"
+        notes = [f"what was written since {since} is lost{kept}"]
         if plan is not None:
             notes += _resized(plan)
         return wire.RollbackPlan(
@@ -163,7 +205,7 @@ class Rollbacks:
             notes=notes,
         )
 
-    async def _roll_back(self, rolling: _Rolling, run: TaskRun) -> wire.RolledBack:
+    async def _roll_back(self, rolling: _Rolling, run: TaskRun) -> wire.RolledBack | wire.Reinitialised:
         """Stop, save, set back, start: as far as asked for."""
         request, disk, snapshot = rolling.request, rolling.disk, rolling.snapshot
         with self._uses.hold_snapshot(snapshot.id, "being rolled back to"):
@@ -177,16 +219,17 @@ class Rollbacks:
             with self._uses.hold_disk(disk.id, "being rolled back"):
                 run.final("the rollback has begun to write: it goes on to its end")
                 run.step("setting the disk back")
-                done = await self._run(disk, snapshot, run)
+                done = await self._run(rolling, run)
         started, notes = await self._start(rolling, run) if request.start else (False, [])
-        return wire.RolledBack(
-            disk=disk.id,
-            snapshot=snapshot.id,
-            written_bytes=done.write_bytes + done.zero_bytes,
-            safety_snapshot=safety,
-            started=started,
-            notes=_resized(done) + notes,
-        )
+        told: dict[str, Any] = {
+            "disk": disk.id,
+            "snapshot": snapshot.id,
+            "written_bytes": done.write_bytes + done.zero_bytes,
+            "safety_snapshot": safety,
+            "started": started,
+            "notes": _resized(done) + notes,
+        }
+        return wire.Reinitialised(origin=rolling.origin, **told) if rolling.origin else wire.RolledBack(**told)
 
     async def _save(self, rolling: _Rolling, run: TaskRun) -> SnapshotId:
         """Make the safety snapshot (SERVICE 6.3); without it nothing is written."""
@@ -195,8 +238,8 @@ class Rollbacks:
             SnapshotRequest(
                 guest=rolling.disk.guest_uuid,
                 disks=(rolling.disk.id,),
-                name=safety_name(rolling.snapshot),
-                description=f"made before the disk was set back to {rolling.snapshot.id}",
+                name=safety_name(rolling.snapshot, rolling.origin),
+                description=f"made before the disk was set back to {rolling.to}",
                 wait=True,
             )
         )
@@ -206,10 +249,11 @@ class Rollbacks:
             raise Failed(f"the safety snapshot {saved.id} failed: {saved.error}", hint=hint)
         return saved.id
 
-    async def _run(self, disk: Disk, snapshot: Snapshot, run: TaskRun) -> RollbackPlan:
+    async def _run(self, rolling: _Rolling, run: TaskRun) -> RollbackPlan:
         """Set the disk back; a failure on the way leaves the journal's entry, and says so."""
+        disk, snapshot = rolling.disk, rolling.snapshot
         try:
-            return await self._roller.run(disk.id, snapshot.id, run.progress)
+            return await self._roller.run(disk.id, snapshot.id, run.progress, origin=bool(rolling.origin))
         except HvsnapError as error:
             left = [one for one in await self._catalog.operations(rollback.KIND) if one.facts.get("disk") == disk.id]
             if left:

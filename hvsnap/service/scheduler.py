@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from hvsnap import policy as rules
 from hvsnap.catalog.catalog import Catalog
-from hvsnap.errors import HvsnapError, NotFound
+from hvsnap.errors import HvsnapError, NotFound, SnapshotPromoted
 from hvsnap.happenings import EventType, disk_payload
 from hvsnap.model import Disk, DiskId, SnapshotId, State
 from hvsnap.policy import Policy
@@ -82,6 +82,8 @@ class Scheduler:
         self._expired_at: float | None = None
         self._waiting: OrderedDict[DiskId, Policy] = OrderedDict()
         self._woken = asyncio.Event()
+        self.also_expire: list[Callable[[float], Awaitable[None]]] = []
+        """What else comes to its end by the clock, while that can be believed; given the present time."""
 
     async def run(self) -> None:
         """Look whenever something may be due, and work what is."""
@@ -106,6 +108,8 @@ class Scheduler:
         if trusted and (self._expired_at is None or self._clock.monotonic() - self._expired_at >= EXPIRE_S):
             self._expired_at = self._clock.monotonic()
             await self._expire(now)
+            for also in self.also_expire:
+                await also(now)
 
     async def drain(self) -> None:
         """Work what is queued, and return when nothing is."""
@@ -212,17 +216,23 @@ class Scheduler:
     async def _expire(self, now: float) -> None:
         for disk in await self._catalog.disks(include_released=True):
             rows = await self._catalog.snapshots(disk.id)
+            if disk.released and disk.delete_auto_with_disk:
+                # What its release could not delete: in use, locked, or the daemon ended before (SERVICE 5.6).
+                await self._let_all_go([row.id for row in rules.evictable(rows, now)], EventType.SNAPSHOT_DELETED)
+                continue
             active = disk.policy is not None and not disk.released
-            await self._let_all_go(rules.expired(rows, now, active=active))
+            await self._let_all_go(rules.expired(rows, now, active=active), EventType.SNAPSHOT_EXPIRED)
 
-    async def _let_all_go(self, ids: Sequence[SnapshotId]) -> None:
+    async def _let_all_go(self, ids: Sequence[SnapshotId], told_as: EventType) -> None:
         for snapshot in ids:
-            await self._let_go(snapshot, EventType.SNAPSHOT_EXPIRED)
+            await self._let_go(snapshot, told_as)
 
     async def _let_go(self, snapshot: SnapshotId, told_as: EventType) -> bool:
         """Delete an automatic snapshot; one that is in use stays, and is tried again later."""
         try:
             await self._snapshots.delete([snapshot], dry_run=False, told_as=told_as)
+        except SnapshotPromoted:
+            return False  # as long as its image is there, which nobody needs to be told every few minutes
         except HvsnapError as error:
             log.info("%s stays for now: %s", snapshot, error.message)
             return False

@@ -10,6 +10,7 @@ from hvsnap.service.doctor import Doctor
 from hvsnap.service.feed import Feed
 from hvsnap.service.guests import Guests
 from hvsnap.service.hooks import Hooks
+from hvsnap.service.known_disks import KnownDisks
 from hvsnap.service.policies import Policies
 from hvsnap.service.recovery import Recovery
 from hvsnap.service.requests import CapturesPort
@@ -30,6 +31,7 @@ class Service:
     chains: Chains
     policies: Policies
     disks: Disks
+    known_disks: KnownDisks
     rollbacks: Rollbacks
     store: Store
     tasks: Tasks
