@@ -48,6 +48,7 @@ def create_app(service: Service, doorkeeper: Doorkeeper | None = None) -> FastAP
         responses=ERRORS,
     )
     app.include_router(_snapshots(service), prefix=wire.API, tags=["snapshots"])
+    app.include_router(_serving(service), prefix=wire.API, tags=["snapshots"])
     app.include_router(_policies(service), prefix=wire.API, tags=["policies"])
     app.include_router(_disks(service), prefix=wire.API, tags=["disks"])
     app.include_router(_tasks(service), prefix=wire.API, tags=["disks"])
@@ -121,6 +122,24 @@ def _snapshots(service: Service) -> APIRouter:
     @router.get("/chains/{disk:path}")
     async def get_chain(disk: Id) -> wire.Chain:
         return await service.chains.info(disk)
+
+    return router
+
+
+def _serving(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/snapshots/{id}/serve")
+    async def serve_snapshot(id: Id, body: wire.SnapshotServe) -> wire.Served:
+        return await service.serving.serve(id, writable=body.writable)
+
+    @router.post("/snapshots/{id}/unserve")
+    async def unserve_snapshot(id: Id) -> wire.Served:
+        return await service.serving.unserve(id)
+
+    @router.get("/served")
+    async def list_served() -> wire.ServedList:
+        return await service.serving.listing()
 
     return router
 

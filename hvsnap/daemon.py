@@ -62,6 +62,7 @@ async def serve(settings: Settings, stop: asyncio.Event, ready: Callable[[], Non
         if house.mqtt is not None:
             await house.mqtt.check()
         measured = await _measured(house)
+        await house.server.start()
         await _settle_at_start(house)
         listening = await asyncio.to_thread(listen, Path(settings.socket), settings.socket_group)
         server = HttpServer(create_app(house.service, doorkeeper), listening)
@@ -138,6 +139,8 @@ async def _end(
         task.cancel()
     await asyncio.gather(*loops, return_exceptions=True)
     await asyncio.gather(house.captures.shutdown(SHUTDOWN_S), service.tasks.shutdown(SHUTDOWN_S))
+    await service.serving.close()
+    await house.server.close()
     with contextlib.suppress(HvsnapError):
         async with house.catalog.write() as tx:
             await tx.emit(EventType.DAEMON_OFFLINE, {"host": house.settings.host_id, "version": __version__})

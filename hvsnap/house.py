@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from grp import getgrnam
 from pathlib import Path
 
 from hvsnap import wire
@@ -25,6 +26,8 @@ from hvsnap.mqtt.publisher import MqttPublisher
 from hvsnap.restore.disk import DiskMaker
 from hvsnap.restore.occupancy import Occupancy
 from hvsnap.restore.rollback import Rollback
+from hvsnap.restore.serve import Access as ServedTo
+from hvsnap.restore.serve import SnapshotServer, serve_directory
 from hvsnap.service.announcer import Announcer
 from hvsnap.service.attaching import Attaching
 from hvsnap.service.attendance import Attendance
@@ -44,6 +47,7 @@ from hvsnap.service.recovery import Recovery, RestoreRecovery
 from hvsnap.service.rollbacks import Rollbacks
 from hvsnap.service.scheduler import Scheduler, ScheduleSettings
 from hvsnap.service.service import Service
+from hvsnap.service.serving import Serving
 from hvsnap.service.snapshots import Snapshots
 from hvsnap.service.status import StatusBoard
 from hvsnap.service.store import Store
@@ -82,6 +86,7 @@ class House:
     restores: RestoreRecovery
     housekeeping: Housekeeping
     scheduler: Scheduler
+    server: SnapshotServer
     service: Service
     mqtt: MqttPublisher | None
 
@@ -171,6 +176,7 @@ async def _furnish(
     if mqtt is not None:
         announcer.listeners.append(mqtt)
     mqtt_status = _no_mqtt if mqtt is None else mqtt.status
+    server = SnapshotServer(catalog, store, private, str(serve_directory(settings.run_dir)))
     housekeeping = Housekeeping(
         catalog,
         store,
@@ -212,9 +218,21 @@ async def _furnish(
         status=StatusBoard(settings.host_id, hypervisor, catalog, captures, tasks, mqtt_status, clock),
         feed=feed,
         hooks=Hooks(Path(settings.state_dir), attendance.wake),
+        serving=Serving(catalog, snapshots, uses, server, clock, _served_to(settings)),
     )
     return House(
-        settings, catalog, lease, hypervisor, attendance, captures, restores, housekeeping, scheduler, service, mqtt
+        settings=settings,
+        catalog=catalog,
+        lease=lease,
+        hypervisor=hypervisor,
+        attendance=attendance,
+        captures=captures,
+        restores=restores,
+        housekeeping=housekeeping,
+        scheduler=scheduler,
+        server=server,
+        service=service,
+        mqtt=mqtt,
     )
 
 
@@ -253,6 +271,12 @@ def _capture_settings(settings: Settings, private: str) -> CaptureSettings:
         freeze_timeout_s=capture.freeze_timeout_s,
         space=SpaceLimits(capture.space_reserve_bytes, capture.overlay_limit_bytes),
     )
+
+
+def _served_to(settings: Settings) -> ServedTo:
+    """Return who may open what is served: those who may ask for it, and so for any disk's content."""
+    group = settings.api.admin_group or settings.socket_group
+    return ServedTo((0, getgrnam(group).gr_gid), 0o660) if group else ServedTo()
 
 
 def _no_mqtt() -> wire.MqttStatus:

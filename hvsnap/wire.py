@@ -15,6 +15,9 @@ POST /v1/snapshots                   SnapshotCreate     SnapshotList   202, at o
 POST /v1/snapshots/{id}/cancel                          Snapshot       202; it ends in state ``failed``
 POST /v1/snapshots/{id}/edit         SnapshotEdit       Snapshot
 POST /v1/snapshots/{id}/lock         SnapshotLock       Snapshot       until a time; never made shorter
+POST /v1/snapshots/{id}/serve        SnapshotServe      Served         as a disk, at a Unix socket, for clients of NBD
+POST /v1/snapshots/{id}/unserve                         Served
+GET  /v1/served                                         ServedList
 POST /v1/snapshots/delete            SnapshotDelete     Deletion       all of them or none; with ``dry_run`` the plan
 POST /v1/snapshots/verify            SnapshotVerify     Task           202; reads every block again
 GET  /v1/policies                                       PolicyList
@@ -254,6 +257,31 @@ class SnapshotLock(Request):
     """Lock a snapshot against deletion until a time."""
 
     until: AwareDatetime
+
+
+class SnapshotServe(Request):
+    """Serve a snapshot as a disk; ``writable``: what clients write is kept aside, and lost when it ends."""
+
+    writable: bool = False
+
+
+class Served(Answer):
+    """A snapshot that clients of NBD can open as a disk."""
+
+    snapshot: str
+    guest: str
+    target: str
+    uri: str = Field(examples=["nbd+unix:///?socket=/run/hvsnap/served/s-mfrggzdfmztw.sock"])
+    socket: str
+    writable: bool
+    size_bytes: int
+    since: AwareDatetime
+
+
+class ServedList(Answer):
+    """All snapshots that are served, oldest first."""
+
+    served: list[Served]
 
 
 # -- policies -------------------------------------------------------------------------------------

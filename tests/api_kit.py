@@ -20,6 +20,8 @@ from hvsnap.hypervisor.images import ImageInfo
 from hvsnap.model import DiskId, GuestUuid, GuestView, Layer, Method, Operation, Progress, SnapshotId
 from hvsnap.restore.disk import ATTACH_KIND, NewDisk, Order, Plan
 from hvsnap.restore.rollback import RollbackPlan
+from hvsnap.restore.serve import Access as ServedTo
+from hvsnap.restore.serve import SnapshotServer, serve_directory
 from hvsnap.restore.target import Manner
 from hvsnap.server import HttpServer, listen
 from hvsnap.service.attaching import Attaching
@@ -37,6 +39,7 @@ from hvsnap.service.policies import Policies
 from hvsnap.service.recovery import Recovery, RestoreRecovery
 from hvsnap.service.rollbacks import Rollbacks
 from hvsnap.service.service import Service
+from hvsnap.service.serving import Serving
 from hvsnap.service.snapshots import Snapshots
 from hvsnap.service.status import StatusBoard
 from hvsnap.service.store import Store
@@ -197,6 +200,8 @@ async def a_house(directory: Path) -> AsyncIterator[House]:
         objects = LocalObjects(directory / "store")
         store = await open_store(objects, catalog)
         housekeeping = Housekeeping(catalog, store, clock, lambda: True, VerifySettings(0, 0), directory / "store")
+        server = SnapshotServer(catalog, store, str(directory), str(serve_directory(directory)))
+        await server.start()
         service = Service(
             guests=guests,
             snapshots=snapshots,
@@ -232,12 +237,15 @@ async def a_house(directory: Path) -> AsyncIterator[House]:
             status=StatusBoard("host-1", hypervisor, catalog, captures, tasks, lambda: mqtt, clock),
             feed=feed,
             hooks=Hooks(directory, lambda: None),
+            serving=Serving(catalog, snapshots, uses, server, clock, ServedTo()),
         )
         try:
             yield House(catalog, hypervisor, captures, maker, roller, uses, tasks, store, service, devices=devices)
         finally:
             feed.close()
             await tasks.shutdown(5)
+            await service.serving.close()
+            await server.close()
             await store.close()
             objects.close()
 

@@ -112,7 +112,12 @@ def command(name: str, panel: str, *, example: str) -> Callable[[Work], Work]:
 @functools.cache
 def root() -> typer.core.TyperGroup:
     """Return all commands as one, as typer parses it."""
-    from hvsnap.cli import grammar_host, grammar_policies, grammar_store  # noqa: F401 - they register their commands
+    from hvsnap.cli import (  # noqa: F401 - they register their commands
+        grammar_host,
+        grammar_policies,
+        grammar_serving,
+        grammar_store,
+    )
 
     group = typer.main.get_command(app)
     return cast(typer.core.TyperGroup, group)

@@ -149,6 +149,16 @@ def snapshot(s: wire.Snapshot) -> str:
     )
 
 
+def served(answer: wire.ServedList, *, headers: bool = True) -> str:
+    """Return the list of what is served."""
+    names = ("SNAPSHOT", "GUEST", "DISK", "SIZE", "WRITABLE", "SINCE", "URI")
+    rows = [
+        (s.snapshot, s.guest, s.target, size(s.size_bytes), "yes" if s.writable else "no", when(s.since), s.uri)
+        for s in answer.served
+    ]
+    return table(names, rows, headers=headers)
+
+
 def deletion(answer: wire.Deletion) -> str:
     """Return what was freed, or would be."""
     verb = "would free" if answer.dry_run else "freed"

@@ -119,6 +119,18 @@ def policies(ctx: typer.Context, incomplete: str) -> Words:
         return []
 
 
+def served(ctx: typer.Context, incomplete: str) -> Words:
+    """Return the ids of the snapshots that are served."""
+    try:
+        from hvsnap import wire  # noqa: PLC0415 - as above
+
+        with _daemon(ctx) as client:
+            answer = client.get("/served", wire.ServedList)
+        return plain([(one.snapshot, f"{one.guest}/{one.target}") for one in answer.served], incomplete)
+    except Exception:
+        return []
+
+
 def snapshots(ctx: typer.Context, incomplete: str) -> Words:
     """Return the ids of the newest snapshots, with their names."""
     return _snapshots(ctx, incomplete, disk="")

@@ -64,9 +64,9 @@ class BlockCache:
         if not missing:
             return
         loop = asyncio.get_running_loop()
-        for block_id in missing:
-            self._coming[block_id] = loop.create_future()
-        task = asyncio.create_task(self._fetch(missing), name=f"fetch {len(missing)} blocks")
+        mine = {block_id: loop.create_future() for block_id in missing}
+        self._coming.update(mine)
+        task = asyncio.create_task(self._fetch(mine), name=f"fetch {len(missing)} blocks")
         self._fetches.add(task)
         task.add_done_callback(self._fetches.discard)
 
@@ -77,15 +77,16 @@ class BlockCache:
         await asyncio.gather(*self._fetches, return_exceptions=True)
         self._kept.clear()
 
-    async def _fetch(self, ids: list[int]) -> None:
+    async def _fetch(self, mine: dict[int, asyncio.Future[bytes]]) -> None:
+        ids = list(mine)
         try:
             async with self._turn, aclosing(self._store.get(ids)) as blocks:  # type: ignore[type-var]
                 async for position, block in blocks:
                     self._keep(ids[position], block)
         except Exception as error:
-            self._fail(ids, error)
+            self._fail(mine, error)
         finally:
-            self._fail(ids, asyncio.CancelledError())
+            self._fail(mine, asyncio.CancelledError())
 
     def _keep(self, block_id: int, block: bytes) -> None:
         self._kept[block_id] = block
@@ -95,11 +96,13 @@ class BlockCache:
         if coming is not None and not coming.done():
             coming.set_result(block)
 
-    def _fail(self, ids: list[int], error: BaseException) -> None:
+    def _fail(self, mine: dict[int, asyncio.Future[bytes]], error: BaseException) -> None:
         """Tell those that wait for what did not come; nothing of it is remembered: it may be asked for again."""
-        for block_id in ids:
-            coming = self._coming.pop(block_id, None)
-            if coming is None or coming.done():
+        for block_id, coming in mine.items():
+            # What came may have left the cache again, and be on its way by another fetch.
+            if self._coming.get(block_id) is coming:
+                del self._coming[block_id]
+            if coming.done():
                 continue
             if isinstance(error, asyncio.CancelledError):
                 coming.cancel()

@@ -15,6 +15,7 @@ from hvsnap.service.policies import Policies
 from hvsnap.service.recovery import Recovery
 from hvsnap.service.requests import CapturesPort
 from hvsnap.service.rollbacks import Rollbacks
+from hvsnap.service.serving import Serving
 from hvsnap.service.snapshots import Snapshots
 from hvsnap.service.status import StatusBoard
 from hvsnap.service.store import Store
@@ -40,3 +41,4 @@ class Service:
     status: StatusBoard
     feed: Feed
     hooks: Hooks
+    serving: Serving

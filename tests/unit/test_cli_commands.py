@@ -47,6 +47,8 @@ COMMANDS = {
     "snapshot-info",
     "snapshot-list",
     "snapshot-lock",
+    "snapshot-serve",
+    "snapshot-unserve",
     "snapshot-verify",
     "status",
     "store-check",
