@@ -34,7 +34,8 @@ from hvsnap.service.attendance import Attendance
 from hvsnap.service.captures import Captures, CaptureSettings
 from hvsnap.service.chains import Chains
 from hvsnap.service.disks import Disks
-from hvsnap.service.doctor import Doctor, places
+from hvsnap.service.doctor import Doctor, premises
+from hvsnap.service.doctor_guests import DiskLooks
 from hvsnap.service.feed import Feed, newest_sequence
 from hvsnap.service.guests import Guests
 from hvsnap.service.hooks import Hooks
@@ -205,12 +206,12 @@ async def _furnish(
         ),
         tasks=tasks,
         doctor=Doctor(
-            places(settings),
-            settings.hypervisor.libvirt_uri,
+            premises(settings),
             hypervisor,
             catalog,
             inventory,
             guests,
+            DiskLooks(hypervisor, inventory, images.image_info),
             captures.busy_disks,
             mqtt_status,
         ),

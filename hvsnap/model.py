@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import enum
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NewType
 
@@ -111,6 +112,14 @@ class GuestView:
     def active(self) -> bool:
         """Whether a QEMU process exists for it."""
         return self.state is not GuestState.OFF
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What a hypervisor's host is like: model of confinement → the label of its guests, guest → others' checkpoints."""
+
+    labels: Mapping[str, str]
+    checkpoints: Mapping[GuestUuid, Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)

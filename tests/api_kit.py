@@ -27,7 +27,8 @@ from hvsnap.server import HttpServer, listen
 from hvsnap.service.attaching import Attaching
 from hvsnap.service.chains import Chains
 from hvsnap.service.disks import Disks
-from hvsnap.service.doctor import Doctor
+from hvsnap.service.doctor import Doctor, Premises
+from hvsnap.service.doctor_guests import DiskLooks
 from hvsnap.service.feed import Feed
 from hvsnap.service.guests import Guests
 from hvsnap.service.hooks import Hooks
@@ -224,12 +225,12 @@ async def a_house(directory: Path) -> AsyncIterator[House]:
             ),
             tasks=tasks,
             doctor=Doctor(
-                [],
-                "test:///default",
+                Premises([], "test:///default"),
                 hypervisor,
                 catalog,
                 inventory,
                 guests,
+                DiskLooks(hypervisor, inventory, _inspect),
                 captures.busy_disks,
                 lambda: mqtt,
             ),

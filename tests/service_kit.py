@@ -23,6 +23,7 @@ from hvsnap.model import (
     Snapshot,
     SnapshotId,
     State,
+    Traits,
 )
 from hvsnap.ports import Census, JobView
 from hvsnap.service.requests import SnapshotRequest
@@ -62,6 +63,9 @@ class FakeHypervisor:
     async def guests(self) -> list[GuestView]:
         self._look()
         return sorted(self.shown.values(), key=lambda guest: guest.name)
+
+    async def traits(self) -> Traits:
+        return Traits({}, {})
 
     async def census(self) -> Census:
         return Census(await self.guests(), dict(self.silent))

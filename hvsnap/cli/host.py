@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from hvsnap import wire
 from hvsnap.cli import render
@@ -16,7 +16,7 @@ from hvsnap.cli.session import Session
 from hvsnap.cli.store import count
 from hvsnap.cli.text import safe
 from hvsnap.config import Settings
-from hvsnap.errors import DaemonUnreachable, Damaged, Failed, StoreBusy
+from hvsnap.errors import ConfigInvalid, DaemonUnreachable, Damaged, Failed, StoreBusy
 
 LIBVIRT_TIMEOUT_S = 15.0
 BUSY_S = 20.0
@@ -131,6 +131,8 @@ def doctor(session: Session) -> int:
         session.remark_connect()
     except DaemonUnreachable as error:
         report = asyncio.run(_examine_here(session.settings(), error))
+    except ConfigInvalid as error:
+        report = asyncio.run(_examine_unconfigured(error))
     session.answer(report, render.doctor(report, all_of_it=not session.quiet))
     return 1 if report.worst is wire.Severity.ERROR else 0
 
@@ -140,9 +142,30 @@ async def _examine_here(settings: Settings, error: DaemonUnreachable) -> wire.Do
     from hvsnap.service import doctor as rooms  # noqa: PLC0415 - only where there is no daemon
 
     found = [_no_daemon(error)]
-    found += await rooms.host_findings(rooms.places(settings))
+    found += await rooms.host_findings(rooms.premises(settings))
     found += await _look_at_hypervisor(settings.hypervisor.libvirt_uri)
+    found += await _look_at_broker(settings.mqtt.url)
     return rooms.report(found)
+
+
+async def _examine_unconfigured(error: ConfigInvalid) -> wire.DoctorReport:
+    """Look at what can be seen without knowing where anything is."""
+    from hvsnap.service import doctor as rooms  # noqa: PLC0415 - only where there is no daemon
+    from hvsnap.service import findings_host  # noqa: PLC0415 - as above
+
+    return rooms.report([findings_host.unreadable(error), *await rooms.host_findings(rooms.Premises([], ""))])
+
+
+async def _look_at_broker(url: str) -> list[wire.Finding]:
+    """See whether anybody answers on the broker's port; whether it takes us is the daemon's to say."""
+    from hvsnap.service import doctor_looks, findings  # noqa: PLC0415 - only where there is no daemon
+
+    if not url:
+        return []
+    parts = urlsplit(url)
+    port = parts.port or (8883 if parts.scheme == "mqtts" else 1883)
+    problem = await doctor_looks.connects(parts.hostname or "", port)
+    return [findings.broker(url, problem)]
 
 
 def _no_daemon(error: DaemonUnreachable) -> wire.Finding:

@@ -6,12 +6,13 @@ One that does not answer hides nobody else's guests; what is missing is told by 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from hvsnap.errors import GuestUnknown, HvsnapError, HypervisorUnreachable
-from hvsnap.model import Bitmap, GuestUuid, GuestView
+from hvsnap.errors import GuestUnknown, HvsnapError, HypervisorFailed, HypervisorUnreachable
+from hvsnap.model import Bitmap, GuestUuid, GuestView, Traits
 from hvsnap.ports import Census, Fleecer, Hypervisor, JobView
 
 LOOK_S = 15.0
@@ -23,6 +24,10 @@ class Owner(Hypervisor, Protocol):
 
     async def versions(self) -> dict[str, str]:
         """Return dotted versions, by ``libvirt`` and ``qemu``."""
+        ...
+
+    async def traits(self) -> Traits:
+        """Return what its host is like."""
         ...
 
     async def run(self) -> None:
@@ -70,6 +75,17 @@ class Fleet:
                 if member.name == "libvirt":
                     raise
         return found
+
+    async def traits(self) -> Traits:
+        """Return what the hypervisors that answer tell of the host."""
+        labels: dict[str, str] = {}
+        checkpoints: dict[GuestUuid, Sequence[str]] = {}
+        for member in self.members:
+            with contextlib.suppress(HvsnapError):
+                one = await member.hypervisor.traits()
+                labels |= one.labels
+                checkpoints |= one.checkpoints
+        return Traits(labels, checkpoints)
 
     # -- who has which guest ----------------------------------------------------------------------
 

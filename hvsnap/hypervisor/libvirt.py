@@ -22,7 +22,8 @@ import libvirt_qemu
 from hvsnap.errors import AgentMissing, AgentUnavailable, GuestUnknown, HypervisorFailed
 from hvsnap.hypervisor import domain_xml, qemu_nodes
 from hvsnap.hypervisor.libvirt_connection import LibvirtConnection, Lifecycle
-from hvsnap.model import Bitmap, GuestState, GuestUuid, GuestView, Layer
+from hvsnap.hypervisor.libvirt_traits import traits
+from hvsnap.model import Bitmap, GuestState, GuestUuid, GuestView, Layer, Traits
 from hvsnap.ports import Census, Fleecer, JobView
 
 T = TypeVar("T")
@@ -114,6 +115,10 @@ class LibvirtHypervisor:
         return await self.connection.call(
             lambda connection: {"libvirt": dotted(connection.getLibVersion()), "qemu": dotted(connection.getVersion())}
         )
+
+    async def traits(self) -> Traits:
+        """Return what libvirt tells of its host."""
+        return await self.connection.call(traits)
 
     # -- looking ----------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from hvsnap.hypervisor.qmp_fleece import QmpFleecer
 from hvsnap.hypervisor.qmp_look import QmpLook
 from hvsnap.hypervisor.qmp_memory import Seen, disks_while_off, identity, with_layers
 from hvsnap.hypervisor.qmp_redirect import QmpRedirect
-from hvsnap.model import Bitmap, DiskView, GuestState, GuestUuid, GuestView, Layer
+from hvsnap.model import Bitmap, DiskView, GuestState, GuestUuid, GuestView, Layer, Traits
 from hvsnap.ports import Census, Fleecer, GuestMemory, JobView
 
 log = logging.getLogger(__name__)
@@ -90,6 +90,10 @@ class QmpHypervisor:
     async def versions(self) -> dict[str, str]:
         """Return the version of the guest's QEMU."""
         return {"qemu": ".".join(str(part) for part in await self._look.version())}
+
+    async def traits(self) -> Traits:
+        """Return nothing: what a guest's launcher does is its own affair."""
+        return Traits({}, {})
 
     async def guests(self) -> list[GuestView]:
         """Return the guest, in a list."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +19,16 @@ from hvsnap.capture.facts import KIND, CaptureFacts
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.config import Settings
 from hvsnap.errors import HvsnapError
-from hvsnap.hypervisor.tools import run
-from hvsnap.model import DiskId, Operation
+from hvsnap.hook_place import DIRECTORY, HookPlace
+from hvsnap.model import DiskId, Operation, Traits
 from hvsnap.ports import Census
-from hvsnap.service import findings
+from hvsnap.service import doctor_looks, findings, findings_disks, findings_host
+from hvsnap.service.doctor_guests import DiskLooks, GuestHost
 from hvsnap.service.guests import Guests
 from hvsnap.service.inventory import Inventory
 from hvsnap.wire import DoctorReport, Finding, MqttStatus, Severity
 
-TOOL_TIMEOUT_S = 10.0
+IMAGE_DIRECTORIES_MAX = 32
 
 _TOOLS = (
     ("qemu-img", "qemu-utils"),
@@ -57,12 +59,36 @@ def places(settings: Settings) -> list[Place]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Premises:
+    """What the configuration says of the host; without ``settings`` nothing is said of these themselves."""
+
+    places: Sequence[Place]
+    libvirt_uri: str
+    overlay_dir: str = ""
+    settings: Settings | None = None
+    hooks: str = DIRECTORY
+
+
+def premises(settings: Settings) -> Premises:
+    """Return what a configuration says."""
+    return Premises(places(settings), settings.hypervisor.libvirt_uri, settings.capture.overlay_dir, settings)
+
+
 class Versions(Protocol):
-    """The hypervisor's side of the doctor."""
+    """The hypervisor's side of the doctor that needs no guest."""
 
     async def versions(self) -> dict[str, str]:
         """Return dotted versions under ``libvirt`` and ``qemu``; raises :class:`HypervisorUnreachable`."""
         ...
+
+    async def traits(self) -> Traits:
+        """Return what the hypervisor's host is like; raises :class:`HypervisorUnreachable`."""
+        ...
+
+
+class Examined(Versions, GuestHost, Protocol):
+    """The hypervisor's side of the doctor."""
 
     async def census(self) -> Census:
         """Return all guests, and what kept others from being seen."""
@@ -74,15 +100,32 @@ def report(found: Sequence[Finding]) -> DoctorReport:
     return DoctorReport(worst=max((one.severity for one in found), key=_SEVERITIES.index), findings=list(found))
 
 
-async def host_findings(places: Sequence[Place]) -> list[Finding]:
-    """Look at the host alone: tools, libraries, KVM, directories. Needs neither a catalog nor a hypervisor."""
-    found = [findings.tool(name, name, await _answer(name, "--version"), package) for name, package in _TOOLS]
-    found.append(await asyncio.to_thread(_libnbd))
+async def host_findings(premises: Premises) -> list[Finding]:
+    """Look at the host alone: tools, libraries, KVM, directories, hook. Needs neither a catalog nor a hypervisor."""
+    answers = [(name, package, await doctor_looks.answer(name, "--version")) for name, package in _TOOLS]
+    found = [findings.tool(name, name, answer, package) for name, package, answer in answers]
+    found += await asyncio.to_thread(_libnbd)
     found.append(await asyncio.to_thread(_kvm))
-    for place in places:
+    found.append(findings_host.clock(await asyncio.to_thread(doctor_looks.clock_is_synchronised)))
+    for place in premises.places:
         seen = await asyncio.to_thread(look_at_directory, place.path)
         found += findings.directory(place.check, place.purpose, seen, private=place.private)
+    if premises.settings is not None:
+        kinds = {place.path: await asyncio.to_thread(doctor_looks.file_system, place.path) for place in premises.places}
+        found += findings_host.configuration(premises.settings, kinds)
+        if premises.libvirt_uri:
+            found += await asyncio.to_thread(_hook, premises.hooks, premises.settings)
     return found
+
+
+def _hook(directory: str, settings: Settings) -> list[Finding]:
+    try:
+        return findings_host.hook(HookPlace(directory, settings).report())
+    except HvsnapError as error:
+        what = "libvirt's hook cannot be looked at"
+        return [
+            Finding(severity=Severity.WARNING, check="hook", what=what, evidence=error.message, remedy=error.hint)
+        ]  # fmt: skip
 
 
 async def version_findings(hypervisor: Versions, uri: str) -> tuple[list[Finding], bool]:
@@ -98,20 +141,14 @@ async def version_findings(hypervisor: Versions, uri: str) -> tuple[list[Finding
     return found, not problem
 
 
-async def _answer(*argv: str) -> str | None:
-    """Return what a tool prints; None if it is missing or does not answer."""
-    with contextlib.suppress(HvsnapError, TimeoutError, OSError):
-        return (await asyncio.wait_for(run(*argv), TOOL_TIMEOUT_S)).decode(errors="replace")
-    return None
-
-
-def _libnbd() -> Finding:
-    try:
+def _libnbd() -> list[Finding]:
+    answer = None
+    with contextlib.suppress(ImportError):
         import nbd  # noqa: PLC0415 - the distribution's binding may be absent, and the doctor is who says so
 
-        return findings.tool("libnbd", "libnbd's Python binding", f"libnbd {nbd.NBD().get_version()}", "python3-libnbd")
-    except ImportError:
-        return findings.tool("libnbd", "libnbd's Python binding", None, "python3-libnbd")
+        answer = f"libnbd {nbd.NBD().get_version()}"
+    there = findings.tool("libnbd", "libnbd's Python binding", answer, "python3-libnbd")
+    return findings_host.libnbd(findings.parse_version(answer or "")) or [there]
 
 
 def _kvm() -> Finding:
@@ -147,39 +184,65 @@ class Doctor:
 
     def __init__(
         self,
-        places: Sequence[Place],
-        libvirt_uri: str,
-        hypervisor: Versions,
+        premises: Premises,
+        hypervisor: Examined,
         catalog: Catalog,
         inventory: Inventory,
         guests: Guests,
+        looks: DiskLooks,
         busy_disks: Callable[[], set[DiskId]],
         mqtt_status: Callable[[], MqttStatus],
     ) -> None:
-        self._places = places
-        self._uri = libvirt_uri
+        self._premises = premises
         self._hypervisor = hypervisor
         self._catalog = catalog
         self._inventory = inventory
         self._guests = guests
+        self._looks = looks
         self._busy_disks = busy_disks
         self._mqtt_status = mqtt_status
 
     async def examine(self) -> DoctorReport:
         """Look at everything, in a fixed order."""
-        found = await host_findings(self._places)
+        found = await host_findings(self._premises)
         found += await self._hypervisor_findings()
         found += await self._catalog_findings()
         found.append(findings.mqtt(self._mqtt_status()))
         return report(found)
 
     async def _hypervisor_findings(self) -> list[Finding]:
-        found, _answered = await version_findings(self._hypervisor, self._uri)
+        found, _answered = await version_findings(self._hypervisor, self._premises.libvirt_uri)
         with contextlib.suppress(HvsnapError):
             census = await self._hypervisor.census()
+            traits = await self._hypervisor.traits()
+            listing = await self._guests.listing()
             found += findings.silent_guests(census.silent)
             found += findings.transient(census.guests)
-            found += findings.disks(await self._guests.listing())
+            found += findings.disks(listing)
+            found += findings_disks.left_out(listing)
+            disks = await self._looks.disks(census.guests, self._busy_disks())
+            found += findings_disks.settings(disks) + findings_disks.bitmaps(disks)
+            found += await self._looks.unfleeceable(census.guests)
+            named = {guest.uuid: guest.name for guest in census.guests}
+            found += findings_disks.checkpoints({named.get(uuid, uuid): c for uuid, c in traits.checkpoints.items()})
+            found += await self._overlay_findings(disks, traits)
+        return found
+
+    async def _overlay_findings(self, disks: Sequence[findings_disks.DiskSeen], traits: Traits) -> list[Finding]:
+        """Look at where overlays will be: who gets there, and how much space there is."""
+        overlay_dir = self._premises.overlay_dir
+        devices = {disk.path for disk in disks if await asyncio.to_thread(_is_device, disk.path)}
+        beside = sorted({os.path.dirname(disk.path) for disk in disks if disk.path not in devices})
+        found = findings_disks.devices(disks, devices, overlay_dir)
+        directories = [overlay_dir] if overlay_dir else beside[:IMAGE_DIRECTORIES_MAX]
+        if not overlay_dir:
+            seen = [await asyncio.to_thread(look_at_directory, one) for one in directories]
+            found += findings_disks.overlay_space([one for one in seen if not one.problem])
+        rules = await asyncio.to_thread(doctor_looks.helper_rules)
+        found += findings_host.confinement(traits.labels, directories, rules)
+        tried = await doctor_looks.passes(traits.labels.get("dac", ""), overlay_dir) if overlay_dir else None
+        if tried is not None:
+            found.append(findings_host.access(overlay_dir, tried[0], passes=tried[1]))
         return found
 
     async def _catalog_findings(self) -> list[Finding]:
@@ -197,11 +260,13 @@ class Doctor:
         evidence = f"{len(disks)} disks, {len(snapshots)} snapshots"
         ok = Finding(severity=Severity.OK, check="catalog", what="the catalog answers", evidence=evidence, remedy="")
         busy = self._busy_disks()
-        return [ok, findings.operations(operations, sum(1 for one in operations if _is_worked_on(one, busy)))]
+        open_now = findings.operations(operations, sum(1 for one in operations if _is_worked_on(one, busy)))
+        newest_s = max((row.created_at for row in snapshots), default=0.0)
+        return [ok, open_now, *findings_host.clock_before(newest_s, time.time())]
 
 
 async def _answer_of_qemu() -> str:
-    return await _answer(f"qemu-system-{os.uname().machine}", "--version") or ""
+    return await doctor_looks.answer(f"qemu-system-{os.uname().machine}", "--version") or ""
 
 
 def _is_worked_on(operation: Operation, busy: set[DiskId]) -> bool:
@@ -209,3 +274,7 @@ def _is_worked_on(operation: Operation, busy: set[DiskId]) -> bool:
     if operation.kind == KIND:
         return any(disk.disk in busy for disk in CaptureFacts.of(operation).disks)
     return operation.facts.get("disk") in busy
+
+
+def _is_device(path: str) -> bool:
+    return Path(path).is_block_device()

@@ -185,6 +185,20 @@ def mqtt(status: MqttStatus) -> Finding:
     )
 
 
+def broker(url: str, problem: str) -> Finding:
+    """Judge whether anybody answers where the broker should be; empty ``problem``: somebody does."""
+    if not problem:
+        what = "somebody answers on the broker's port"
+        return Finding(severity=Severity.OK, check="mqtt", what=what, evidence=url, remedy="")
+    return Finding(
+        severity=Severity.WARNING,
+        check="mqtt",
+        what="the broker is not to be reached; snapshots are not affected",
+        evidence=f"{url}: {problem}",
+        remedy="check that the broker runs, and mqtt.url",
+    )
+
+
 def operations(open_now: list[Operation], active: int) -> Finding:
     """Judge the journal: entries that nobody works on need a recovery."""
     left = len(open_now) - active

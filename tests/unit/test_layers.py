@@ -44,6 +44,7 @@ PURE = {
     "catalog.recent",
     "hypervisor.domain_xml",
     "hypervisor.qemu_nodes",
+    "hypervisor.disk_settings",
     "policy",
     "restore.block_protocol",
     "restore.plan",
@@ -63,6 +64,7 @@ ROOMS = {
     "store": Layer.ADAPTER,
     "catalog": Layer.ADAPTER,
     "guard": Layer.ADAPTER,
+    "hook_place": Layer.ADAPTER,
     "capture": Layer.USE_CASE,
     "restore": Layer.USE_CASE,
     "upkeep": Layer.USE_CASE,
@@ -84,7 +86,7 @@ ROOMS = {
 NBD = {"capture.giveback", "capture.reader", "restore.writer"}
 """The adapter to libnbd lies in the rooms that read and write with it."""
 
-WITHOUT_A_DAEMON = {"cli.host"}
+WITHOUT_A_DAEMON = {"cli.host", "cli.hooks"}
 """Commands that are the daemon, or do its work where none runs; all others know it by its socket only."""
 
 DOERS = {"asyncio", "http", "multiprocessing", "socket", "sqlite3", "subprocess", "tempfile", "threading", "shutil"}
