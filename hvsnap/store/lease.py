@@ -14,6 +14,8 @@ import secrets
 import time
 from dataclasses import asdict, dataclass
 
+from blake3 import blake3
+
 from hvsnap.errors import NotFound, ObjectExists, StoreBusy, StoreFailed
 from hvsnap.ports import ObjectStore
 
@@ -21,6 +23,10 @@ LEASE = "lease"
 TTL_S = 60.0
 """A lease that was not renewed for so long may be taken by another writer."""
 
+TTL_S_MAX = 86_400.0
+"""A term that claims more is damaged: nobody would ever get the lease again."""
+
+BYTES_MAX = 64 * 1024
 RENEWALS_PER_TTL = 3
 POLL_S_MAX = 2.0
 DIGITS = 12
@@ -38,16 +44,21 @@ class Term:
 
     def encode(self) -> bytes:
         """Return the object's bytes."""
-        return json.dumps({"format": "hvsnap-lease", "version": 1, **asdict(self)}).encode()
+        values = {"format": "hvsnap-lease", "version": 1, **asdict(self)}
+        return json.dumps(values | {"check": _check(values)}).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> Term:
-        """Return what an object says; one that cannot be read counts as held by somebody unknown."""
+        """Return what an object says; one that is damaged counts as held by somebody unknown, for the usual time."""
         try:
-            raw = json.loads(data)
-            return cls(str(raw["holder"]), str(raw["host"]), float(raw["ttl_s"]), raw["released"] is True, "")
-        except (ValueError, KeyError, TypeError):
-            return cls("?", "an unknown host", TTL_S, False, "")
+            raw = json.loads(data[:BYTES_MAX])
+            check = raw.pop("check", None)  # earlier releases wrote none
+            ttl_s = float(raw["ttl_s"])
+            if (check is None or check == _check(raw)) and 0 < ttl_s <= TTL_S_MAX:
+                return cls(str(raw["holder"]), str(raw["host"]), ttl_s, raw["released"] is True, "")
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            pass
+        return cls("?", "an unknown host", TTL_S, False, "")
 
 
 class WriterLease:
@@ -152,6 +163,11 @@ class WriterLease:
         async for item in self._objects.list(LEASE):
             if _number(item.name) < number - 1:
                 await self._objects.delete(item.name)
+
+
+def _check(values: dict[str, object]) -> str:
+    """Return what tells a flipped bit: a shorter time would take the lease from one who lives."""
+    return blake3(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _name(number: int) -> str:
