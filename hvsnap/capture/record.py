@@ -114,6 +114,8 @@ class Recorder:
         found = await asyncio.to_thread(scan, export, self._store.block_size)
         if found.size_bytes != snapshot.size_bytes:
             raise HypervisorFailed(f"disk {plan.disk.target} was resized as its snapshot began", hint="try again")
+        if snapshot.parent is not None:
+            await self._catalog.check_lineage(snapshot.parent)  # what it says is what the disk is compared with
         selection = select(found, await self._catalog.carry(plan.disk.id))
         if export.give_back:
             await asyncio.to_thread(give_back, export, selection, found.size_bytes, self._store.block_size)

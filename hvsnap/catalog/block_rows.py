@@ -32,7 +32,7 @@ async def write(cursor: Cursor, pack: int, ids: UInt64Array, entries: EntryArray
         new = entries[part]
         found = await blobs_of(cursor, [number])
         if found:
-            old = ranges.decode(*found[number])
+            old = ranges.decode(number, *found[number])
             leaving = old[np.isin(old["slot"], new["slot"])]
             known = set(ranges.ids_of(number, leaving).tolist())
             if not known <= may_replace:
@@ -50,7 +50,7 @@ async def put_range(cursor: Cursor, number: int, entries: EntryArray) -> None:
         await cursor.execute("DELETE FROM blocks WHERE range = ?", (number,))
         return
     sql = "INSERT OR REPLACE INTO blocks (range, live, entries) VALUES (?, ?, ?)"
-    await cursor.execute(sql, (number, ranges.encode_live(entries["slot"]), ranges.encode(entries)))
+    await cursor.execute(sql, (number, ranges.encode_live(entries["slot"]), ranges.encode(number, entries)))
 
 
 class Queries(Protocol):
@@ -92,7 +92,7 @@ def pick(
     """Take the entries of ``ids`` out of their ranges."""
     for number, part in parts:
         if number in blobs:
-            stored = ranges.decode(*blobs[number])
+            stored = ranges.decode(number, *blobs[number])
             place, there = ranges.find(stored, (ids[part] % np.uint64(ranges.RANGE_BLOCKS)).astype(np.uint16))
             entries[part] = stored[place]
             present[part] = there

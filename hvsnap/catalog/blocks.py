@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from hvsnap.catalog import ranges
+from hvsnap.catalog import ranges, rows
 from hvsnap.catalog.block_rows import (
     Blobs,
     blobs_of,
@@ -61,7 +61,8 @@ class Blocks:
 
     async def load(self) -> None:
         """Read what is kept in memory: the names of packs, the newest digests, what is damaged."""
-        self._packs = dict(await self._db.read("SELECT number, name FROM packs"))
+        packs = await self._db.read(f"SELECT {rows.PACK_COLUMNS} FROM packs")
+        self._packs = {pack.number: pack.name for pack in map(rows.pack, packs)}
         for (number,) in await self._db.read("SELECT number FROM packs WHERE NOT indexed ORDER BY number"):
             ids, entries = await self.of_pack(number)
             self._recent.add(number, prefixes_of(entries["digest"]), ids)
@@ -232,7 +233,7 @@ class Blocks:
         while found := await self._db.read(sql, (number, at, RANGES_AT_ONCE)):
             at = found[-1][0]
             for key, live, blob in found:
-                entries = ranges.decode(live, blob)
+                entries = ranges.decode(key, live, blob)
                 mine = entries[entries["pack"] == number]
                 parts.append((ranges.ids_of(key, mine), mine))
         return np.concatenate([ids for ids, _ in parts]), np.concatenate([entries for _, entries in parts])
@@ -253,7 +254,7 @@ class Blocks:
     async def in_ranges(self, numbers: Sequence[int]) -> tuple[UInt64Array, EntryArray]:
         """Return ids, ascending, and entries of all blocks in some ranges (ascending)."""
         blobs = await self._blobs(list(numbers))
-        decoded = [(number, ranges.decode(*blobs[number])) for number in numbers if number in blobs]
+        decoded = [(number, ranges.decode(number, *blobs[number])) for number in numbers if number in blobs]
         ids = [ranges.ids_of(number, entries) for number, entries in decoded]
         return (
             np.concatenate([np.zeros(0, np.uint64), *ids]),

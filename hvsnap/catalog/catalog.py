@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvsnap.catalog import chain, figures, images, origins, policies, rows
+from hvsnap.catalog import chain, figures, images, origins, policies, rows, sums
 from hvsnap.catalog.blocks import Blocks
 from hvsnap.catalog.chain import IndexArray, Page
-from hvsnap.catalog.db import Database, Row, settled
+from hvsnap.catalog.db import REBUILD, Database, Row, settled
 from hvsnap.catalog.moment import Moment
 from hvsnap.catalog.transaction import Transaction
 from hvsnap.catalog.upkeep import Upkeep
-from hvsnap.errors import DiskUnknown, NotFound, SnapshotUnknown
+from hvsnap.errors import CatalogFailed, Damaged, DiskUnknown, NoSpace, NotFound, SnapshotUnknown
 from hvsnap.model import (
     BlockPlace,
     Disk,
@@ -79,8 +79,15 @@ class Catalog:
         try:
             catalog = cls(database, clock)
             await catalog.blocks.load()
-        except BaseException:
+            for rows_of in (catalog.snapshots, catalog.operations, catalog.policies):
+                await rows_of()  # or they are damaged
+            await catalog.disks(include_released=True)
+            with contextlib.suppress(NoSpace):  # at a later start, then
+                await sums.complete(database)
+        except BaseException as error:
             await settled(database.close())
+            if isinstance(error, Damaged):  # not the store's: what one table says of another is not there
+                raise CatalogFailed(f"the catalog {database.path} is damaged: {error}", hint=REBUILD) from error
             raise
         return catalog
 
@@ -162,13 +169,19 @@ class Catalog:
             raise SnapshotUnknown(f"there is no snapshot {snapshot_id}")
         return chain.lay_over(chain.decode(row[0]) for row in found if row[0] is not None)
 
+    async def check_lineage(self, snapshot_id: SnapshotId) -> None:
+        """Return once it is certain that nothing of a snapshot, or of what it builds on, is lost or misplaced here.
+
+        Raises :class:`SnapshotUnknown`, :class:`~hvsnap.errors.CatalogFailed`.
+        """
+        async with self._db.scan() as reader:
+            await sums.check(reader, snapshot_id)
+
     async def page_numbers(self, snapshot_id: SnapshotId) -> list[int]:
-        """Return the pages that anything of a snapshot's lineage has entries in, ascending."""
+        """Return the pages that anything of a snapshot's lineage has entries in, ascending, once that is checked."""
+        await self.check_lineage(snapshot_id)
         sql = f"{_LINEAGE} SELECT DISTINCT page FROM lineage CROSS JOIN pages ON snapshot = number ORDER BY page"
-        numbers = [row[0] for row in await self._db.read(sql, (snapshot_id,))]
-        if not numbers:
-            await self.snapshot(snapshot_id)
-        return numbers
+        return [row[0] for row in await self._db.read(sql, (snapshot_id,))]
 
     async def views(self, snapshot_id: SnapshotId) -> AsyncIterator[tuple[int, UInt64Array]]:
         """Yield ``(page, view)`` of a snapshot, ascending, a few pages in memory at a time.
@@ -293,14 +306,20 @@ class Catalog:
             await tx.remember_guest(guest, seen)
 
     async def all_references(self) -> AsyncIterator[UInt64Array]:
-        """Yield the block ids of all entries of all snapshots, many at a time, all of one and the same moment."""
+        """Yield the block ids of all entries of all snapshots, many at a time, all of one and the same moment.
+
+        At the end it raises :class:`~hvsnap.errors.CatalogFailed` if pages were lost or misplaced: act on them then.
+        """
         sql = """SELECT snapshot, page, entries FROM pages WHERE (snapshot, page) > (?, ?)
                  ORDER BY snapshot, page LIMIT ?"""
         async with self._db.scan() as reader:
+            audit = await sums.Audit.begin(reader)
             last = (0, -1)
             while batch := await reader.read(sql, (*last, REFERENCES_AT_ONCE)):
                 last = (batch[-1][0], batch[-1][1])
+                audit.add(batch)
                 yield await asyncio.to_thread(_block_ids, [row[2] for row in batch])
+            audit.finish()
 
     async def figures(self) -> figures.Figures:
         """Return what monitoring asks for, summed up."""

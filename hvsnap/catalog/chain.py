@@ -99,8 +99,8 @@ def decode_many(blobs: Sequence[bytes]) -> list[Page]:
 
 def _checked_form(blob: bytes) -> int:
     """Return a blob's form, once its checksum and its length have shown that it is one."""
-    if len(blob) < _HEAD.size:
-        raise _damaged(f"it has {len(blob)} bytes")
+    if not isinstance(blob, bytes) or len(blob) < _HEAD.size:
+        raise _damaged("it is too short, or nothing at all")
     form, checksum = _HEAD.unpack_from(blob)
     if zlib.crc32(memoryview(blob)[_HEAD.size :], form) != checksum:
         raise _damaged("its checksum is wrong")
@@ -167,7 +167,7 @@ def encode_indexes(index: IndexArray) -> bytes:
 
 def decode_indexes(blob: bytes) -> IndexArray:
     """Return the indexes of :func:`encode_indexes`, ascending; anything else is :class:`CatalogFailed`."""
-    body = blob[_HEAD.size :]
+    body = blob[_HEAD.size :] if isinstance(blob, bytes) else b""
     if len(body) != PAGE_BLOCKS // 8 or _HEAD.unpack_from(blob) != (_SET, zlib.crc32(body, _SET)):
         raise _damaged("it is not a set of indexes")
     return np.flatnonzero(np.unpackbits(np.frombuffer(body, np.uint8), bitorder="little")).astype(np.uint16)

@@ -30,19 +30,25 @@ WAL_PAGES = 8192
 RESERVE_BYTES_MAX = 64 << 20
 """What is kept free for deletions and failures: the log of the largest deletion that was measured, and some."""
 
+REBUILD = "the file was left as it is; `hvsnap store-rebuild` makes a new one from the store"
+
+FAULTS = (sqlite3.Error, UnicodeDecodeError)
+"""What a file raises that is not usable; the second where its damage is in a text that SQLite quotes."""
+
 Row = tuple[Any, ...]
 T = TypeVar("T")
 
 
-def failure(error: sqlite3.Error, path: Path) -> CatalogFailed | NoSpace:
+def failure(error: Exception, path: Path) -> CatalogFailed | NoSpace:
     """Return what SQLite's error means to a user."""
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    damaged = isinstance(error, UnicodeDecodeError) or "decode to UTF-8" in str(error)
+    code = sqlite3.SQLITE_CORRUPT if damaged else getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
     if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and _is_full(path)):
         return NoSpace(f"the catalog {path} cannot grow: {error}")
     hints = {
         sqlite3.SQLITE_BUSY: "another program has it open (sqlite3?); close that and try again",
-        sqlite3.SQLITE_CORRUPT: "the file was left as it is; `hvsnap store-rebuild` makes a new one from the store",
-        sqlite3.SQLITE_NOTADB: "the file was left as it is; `hvsnap store-rebuild` makes a new one from the store",
+        sqlite3.SQLITE_CORRUPT: REBUILD,
+        sqlite3.SQLITE_NOTADB: REBUILD,
         sqlite3.SQLITE_CONSTRAINT: "nothing was changed; please report this",
     }
     default = "check the file system and the permissions of state_dir; the file was left as it is"
@@ -82,7 +88,7 @@ class Reader:
         """Return all rows of a query. (All at once: an open query would pin an old state for those that follow.)"""
         try:
             return list(await self._connection.execute_fetchall(sql, parameters))  # type: ignore[arg-type]
-        except sqlite3.Error as error:
+        except FAULTS as error:
             raise failure(error, self._path) from error
 
 
@@ -128,7 +134,7 @@ class Cursor(Reader):
         self._check()
         try:
             cursor: aiosqlite.Cursor = await run(sql, parameters)
-        except sqlite3.Error as error:
+        except FAULTS as error:
             raise failure(error, self._path) from error
         return cursor
 
@@ -181,7 +187,7 @@ class Database:
                 await migrate(writer, path)
                 await _begin_session(writer, path)
                 reader = await _connect(path, read_only=True)
-            except sqlite3.Error as error:
+            except FAULTS as error:
                 raise failure(error, path) from error
             undo.pop_all()
         return cls(path, lock, reserve, writer, reader)
@@ -212,7 +218,7 @@ class Database:
                 yield Reader(connection, self.path)
             finally:
                 await settled(connection.close())
-        except sqlite3.Error as error:
+        except FAULTS as error:
             raise failure(error, self.path) from error
 
     @contextlib.asynccontextmanager
@@ -244,7 +250,7 @@ class Database:
                 with contextlib.suppress(sqlite3.Error):
                     await self._writer.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
             await self._writer.execute("BEGIN IMMEDIATE")
-        except sqlite3.Error as error:
+        except FAULTS as error:
             raise failure(error, self.path) from error
 
     async def _commit(self, cursor: Cursor) -> None:
@@ -255,7 +261,7 @@ class Database:
         """Undo what is open, if anything is (after a commit, or an error that rolled back by itself, nothing is)."""
         try:
             await settled(self._writer.rollback())
-        except sqlite3.Error as error:
+        except FAULTS as error:
             # The next transaction cannot begin then, and says so.
             cause.add_note(f"and the catalog could not be rolled back: {error}")
 
@@ -292,8 +298,11 @@ async def _begin_session(connection: aiosqlite.Connection, path: Path) -> None:
     closed = (await connection.execute("DELETE FROM meta WHERE key = 'closed'")).rowcount
     if fresh:
         await connection.execute("INSERT INTO meta VALUES ('opened', '1')")
-    elif not closed:
+        return
+    for table in ("disks", "snapshots"):  # few rows: what they say of each other is checked at every start
+        if list(await connection.execute_fetchall(f"PRAGMA foreign_key_check({table})")):
+            raise CatalogFailed(f"the catalog {path} is damaged: {table} refer to what is not there", hint=REBUILD)
+    if not closed:
         found = [str(row[0]) for row in await connection.execute_fetchall("PRAGMA quick_check(1)")]
         if found != ["ok"]:
-            hint = "the file was left as it is; `hvsnap store-rebuild` makes a new one from the store"
-            raise CatalogFailed(f"the catalog {path} is damaged: {found[0]}", hint=hint)
+            raise CatalogFailed(f"the catalog {path} is damaged: {found[0]}", hint=REBUILD)

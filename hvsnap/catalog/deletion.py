@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from hvsnap.catalog import chain, images
+from hvsnap.catalog import chain, images, sums
 from hvsnap.catalog.db import Cursor, Row
 from hvsnap.errors import SnapshotInUse, SnapshotUnknown
 from hvsnap.model import SnapshotId, State
@@ -38,6 +38,9 @@ async def delete(cursor: Cursor, snapshot_id: SnapshotId) -> None:
     await cursor.execute(sql, (parent, snapshot_id))
     await cursor.execute("DELETE FROM pages WHERE snapshot = ?", (number,))
     await cursor.execute("DELETE FROM snapshots WHERE id = ?", (snapshot_id,))
+    for _child, child_number, child_state in children:
+        if child_state == State.ACCOMPLISHED:
+            await sums.write(cursor, child_number)
 
 
 def check_deletable(snapshot_id: SnapshotId, state: str, children: list[tuple[str, str]]) -> None:

@@ -22,6 +22,7 @@ MIGRATIONS: tuple[str, ...] = (
     "ALTER TABLE snapshots ADD COLUMN impact TEXT;  -- JSON of model.Impact; NULL: not measured",
     _script("schema_images.sql"),
     _script("schema_origins.sql"),
+    "ALTER TABLE snapshots ADD COLUMN sum INTEGER;  -- of an accomplished one: sums.py",
 )
 """Scripts in order; the n-th (from 1) makes version n of version n - 1. A released one is never edited."""
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 
 from hvsnap.catalog.db import Cursor, Database, Row
+from hvsnap.catalog.rows import or_damaged
 from hvsnap.errors import NotFound
 from hvsnap.policy import Keep, Policy, PolicyId
 
@@ -13,6 +14,7 @@ _COLUMNS = "id, name, hours, weekdays, timezone, retain_days, keep, created_at"
 _CHECKED = "schedule/checked"
 
 
+@or_damaged
 def _policy(row: Row) -> Policy:
     hours, weekdays = tuple(json.loads(row[2])), tuple(json.loads(row[3]))
     return Policy(PolicyId(row[0]), row[1], hours, weekdays, row[4], row[5], Keep(**json.loads(row[6])), row[7])

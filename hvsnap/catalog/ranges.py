@@ -37,7 +37,8 @@ ENTRY = np.dtype(
 EntryArray = npt.NDArray[Any]
 
 _HEAD = struct.Struct("<BI")  # form, CRC-32 of what follows: as the pages of block maps have it (chain.py)
-_FORM = 1
+_FORM_1 = 1  # without the range's number under the checksum; still read
+_FORM = 2
 _LIVE = struct.Struct("<I")
 
 
@@ -61,18 +62,18 @@ def group(ids: UInt64Array) -> Iterator[tuple[int, slice]]:
         yield int(numbers[start]), slice(int(start), int(end))
 
 
-def encode(entries: EntryArray) -> bytes:
+def encode(number: int, entries: EntryArray) -> bytes:
     """Return a range's entries as bytes; raises :class:`ValueError` for what :func:`decode` would refuse."""
     wrong = _wrong(entries)
     if wrong:
         raise ValueError(f"not a range of blocks: {wrong}")
     body = entries.tobytes()
-    return _HEAD.pack(_FORM, zlib.crc32(body, _FORM)) + body
+    return _HEAD.pack(_FORM, zlib.crc32(body, _seed(number, _FORM))) + body
 
 
-def decode(live: bytes, blob: bytes) -> EntryArray:
+def decode(number: int, live: bytes, blob: bytes) -> EntryArray:
     """Return those of the entries of :func:`encode` that are live; anything else is :class:`CatalogFailed`."""
-    entries = _decode_all(blob)
+    entries = _decode_all(number, blob)
     mask = decode_live(live)
     there = mask[entries["slot"]]
     if int(there.sum()) != int(mask.sum()):
@@ -85,11 +86,19 @@ def stored(blob: bytes) -> int:
     return (len(blob) - _HEAD.size) // ENTRY.itemsize
 
 
-def _decode_all(blob: bytes) -> EntryArray:
+def _seed(number: int, form: int) -> int:
+    """Return what a checksum begins with: a range that is found under another number would give blocks other ids."""
+    return form if form == _FORM_1 else zlib.crc32(number.to_bytes(8, "little", signed=True), form)
+
+
+def _decode_all(number: int, blob: bytes) -> EntryArray:
+    if not isinstance(blob, bytes):
+        raise _damaged("it is none")
     body = memoryview(blob)[_HEAD.size :]
     if len(blob) < _HEAD.size or len(body) % ENTRY.itemsize:
         raise _damaged(f"it has {len(blob)} bytes")
-    if _HEAD.unpack_from(blob) != (_FORM, zlib.crc32(body, _FORM)):
+    form, checksum = _HEAD.unpack_from(blob)
+    if form not in (_FORM_1, _FORM) or zlib.crc32(body, _seed(number, form)) != checksum:
         raise _damaged("its checksum is wrong")
     entries = np.frombuffer(body, ENTRY)
     wrong = _wrong(entries)
@@ -108,7 +117,7 @@ def encode_live(slots: npt.NDArray[np.uint16]) -> bytes:
 
 def decode_live(blob: bytes) -> npt.NDArray[np.bool_]:
     """Return which slots are live, ``bool[RANGE_BLOCKS]``; what is not of :func:`encode_live` is damaged."""
-    body = blob[_LIVE.size :]
+    body = blob[_LIVE.size :] if isinstance(blob, bytes) else b""
     if len(body) != RANGE_BLOCKS // 8 or _LIVE.unpack_from(blob) != (zlib.crc32(body),):
         raise _damaged("which of its blocks are live is not known")
     return np.unpackbits(np.frombuffer(body, np.uint8), bitorder="little").astype(np.bool_)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from dataclasses import asdict, fields
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 from hvsnap.catalog.db import Row
+from hvsnap.errors import CatalogFailed
 from hvsnap.model import (
     Consistency,
     Disk,
@@ -19,10 +23,13 @@ from hvsnap.model import (
     Method,
     Operation,
     OperationId,
+    Pack,
     Snapshot,
     SnapshotId,
     State,
 )
+
+T = TypeVar("T")
 
 DISK_FIELDS = tuple(field.name for field in fields(Disk))
 SNAPSHOT_FIELDS = tuple(field.name for field in fields(Snapshot))
@@ -35,6 +42,7 @@ def columns(names: tuple[str, ...]) -> str:
 
 DISK_COLUMNS = columns(DISK_FIELDS)
 SNAPSHOT_COLUMNS = columns(SNAPSHOT_FIELDS)
+PACK_COLUMNS = columns(tuple(field.name for field in fields(Pack)))
 OPERATION_COLUMNS = "id, kind, guest_uuid, step, facts, created_at"
 EVENT_COLUMNS = "id, type, at, payload, sequence"
 
@@ -50,9 +58,42 @@ def to_column(name: str, value: Any) -> Any:
     return value
 
 
+def or_damaged(convert: Callable[[Row], T]) -> Callable[[Row], T]:
+    """Let a conversion raise :class:`CatalogFailed` for what was never written like that."""
+
+    @wraps(convert)
+    def checked(row: Row) -> T:
+        try:
+            return convert(row)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            what = f"a row of the catalog ({convert.__name__.lstrip('_')} {row[0]}) is damaged: {error}"
+            raise CatalogFailed(what, hint="`hvsnap store-rebuild --force` makes a new catalog") from error
+
+    return checked
+
+
+_OBJECT = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*")
+"""What an object may be called (docs/format.md)."""
+
+_STORED: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "bool": (int,), "float": (float, int)}
+"""What fields of these types are in SQLite; a flipped bit in a row's header makes it another one."""
+
+
+def _named(cls: Any, row: Row) -> dict[str, Any]:
+    """Return a row's columns by the fields of a dataclass."""
+    raw = {field.name: value for field, value in zip(fields(cls), row, strict=True)}
+    for field in fields(cls):
+        kind, _, optional = str(field.type).partition(" | ")
+        stored, value = _STORED.get(kind), raw[field.name]
+        if stored is not None and not isinstance(value, stored) and not (optional and value is None):
+            raise ValueError(f"{field.name} is {value!r}")
+    return raw
+
+
+@or_damaged
 def disk(row: Row) -> Disk:
     """Return the disk of a row in the order of :data:`DISK_COLUMNS`."""
-    raw = dict(zip(DISK_FIELDS, row, strict=True))
+    raw = _named(Disk, row)
     raw |= {
         "id": DiskId(raw["id"]),
         "guest_uuid": GuestUuid(raw["guest_uuid"]),
@@ -65,9 +106,10 @@ def disk(row: Row) -> Disk:
     return Disk(**raw)
 
 
+@or_damaged
 def snapshot(row: Row) -> Snapshot:
     """Return the snapshot of a row in the order of :data:`SNAPSHOT_COLUMNS`."""
-    raw = dict(zip(SNAPSHOT_FIELDS, row, strict=True))
+    raw = _named(Snapshot, row)
     raw |= {
         "id": SnapshotId(raw["id"]),
         "disk": DiskId(raw["disk"]),
@@ -84,11 +126,22 @@ def snapshot(row: Row) -> Snapshot:
     return Snapshot(**raw)
 
 
+@or_damaged
+def pack(row: Row) -> Pack:
+    """Return the pack of a row in the order of its fields."""
+    raw = _named(Pack, row)
+    if _OBJECT.fullmatch(raw["name"]) is None:
+        raise ValueError(f"no object can be called {raw['name']!r}")
+    return Pack(**raw)
+
+
+@or_damaged
 def operation(row: Row) -> Operation:
     """Return the operation of a row in the order of :data:`OPERATION_COLUMNS`."""
     return Operation(OperationId(row[0]), row[1], GuestUuid(row[2]), row[3], json.loads(row[4]), row[5])
 
 
+@or_damaged
 def event(row: Row) -> Event:
     """Return the event of a row in the order of :data:`EVENT_COLUMNS`."""
     return Event(row[0], row[1], row[2], json.loads(row[3]), row[4])

@@ -6,7 +6,7 @@ import json
 import uuid
 from typing import Any
 
-from hvsnap.catalog import chain, deletion, images, origins, policies, rows
+from hvsnap.catalog import chain, deletion, images, origins, policies, rows, sums
 from hvsnap.catalog.chain import IndexArray, Page
 from hvsnap.catalog.db import Cursor
 from hvsnap.errors import DiskUnknown, NotFound, SnapshotUnknown
@@ -22,6 +22,7 @@ from hvsnap.model import (
     Origin,
     Snapshot,
     SnapshotId,
+    State,
     new_id,
 )
 from hvsnap.policy import Policy, PolicyId
@@ -65,6 +66,12 @@ class Transaction:
             sql = """UPDATE snapshots SET manifest_changes = manifest_changes + 1
                      WHERE id = ? AND state = 'accomplished'"""
             await self._cursor.execute(sql, (snapshot_id,))
+        if changes.get("state") == State.ACCOMPLISHED:
+            await self.sum_up(snapshot_id)
+
+    async def sum_up(self, snapshot_id: SnapshotId) -> None:
+        """Write down what proves that a snapshot's pages are all there, and its own; they are, now."""
+        await sums.write(self._cursor, await self._number(snapshot_id))
 
     async def next_sequence(self, disk: DiskId) -> int:
         """Return the sequence number of a disk's next snapshot; numbers of deleted ones are not used again."""
@@ -85,6 +92,7 @@ class Transaction:
         number = await self._number(snapshot_id)
         sql = "INSERT OR REPLACE INTO pages (snapshot, page, entries) VALUES (?, ?, ?)"
         await self._cursor.execute(sql, (number, page, chain.encode(entries)))
+        await self._cursor.execute("UPDATE snapshots SET sum = NULL WHERE number = ? AND sum IS NOT NULL", (number,))
 
     async def drop_pages(self, snapshot_id: SnapshotId) -> None:
         """Remove all entries of a snapshot that failed."""

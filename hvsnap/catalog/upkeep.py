@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hvsnap.catalog import ranges
+from hvsnap.catalog import ranges, rows
 from hvsnap.catalog.block_rows import blobs_of, entries_of, forget_damage, insert_pack, put_range, release, write
 from hvsnap.catalog.blocks import MERGE_BLOCKS, Blocks
 from hvsnap.catalog.db import Cursor, Database
@@ -38,9 +38,8 @@ class Upkeep:
 
     async def packs(self) -> list[Pack]:
         """Return all packs, oldest first."""
-        sql = """SELECT number, name, size_bytes, live_blocks, live_bytes, to_sweep, verified_at
-                 FROM packs ORDER BY number"""
-        return [Pack(*row) for row in await self._db.read(sql)]
+        sql = f"SELECT {rows.PACK_COLUMNS} FROM packs ORDER BY number"
+        return [rows.pack(row) for row in await self._db.read(sql)]
 
     async def swept(self, pack: Pack) -> None:
         """Write down that a sweep has looked at a pack as it was in this row; later changes stay to be looked at."""
@@ -201,7 +200,7 @@ def _split(
     number: int, ids: UInt64Array, stored: tuple[bytes, bytes]
 ) -> tuple[tuple[UInt64Array, EntryArray], EntryArray]:
     """Return ids and entries of those blocks of a range that are to be dropped, and the entries of the others."""
-    entries = ranges.decode(*stored)
+    entries = ranges.decode(number, *stored)
     here = ranges.ids_of(number, entries)
     leaving = np.isin(here, ids)
     return (here[leaving], entries[leaving]), entries[~leaving]
@@ -237,7 +236,7 @@ class Mover:
         numbers = sorted({block.id // ranges.RANGE_BLOCKS for block in blocks})
         now: dict[int, tuple[str, int]] = {}
         for number, stored in (await blobs_of(cursor, numbers)).items():
-            entries = ranges.decode(*stored)
+            entries = ranges.decode(number, *stored)
             where = zip(entries["pack"].tolist(), entries["offset"].tolist(), strict=True)
             now |= zip(
                 ranges.ids_of(number, entries).tolist(),

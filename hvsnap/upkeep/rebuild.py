@@ -211,6 +211,8 @@ class Rebuild:
                 pages.clear()
         if pages:
             await self._put(one, pages)
+        async with self._catalog.write() as tx:
+            await tx.sum_up(one.name.snapshot)
 
     async def _put(self, one: _Found, pages: Sequence[ManifestPage]) -> None:
         ids = await self._ids({digest.tobytes() for page in pages for digest in page.digests})

@@ -202,19 +202,19 @@ async def test_a_damaged_range_is_never_handed_out(catalog: Catalog) -> None:
 def test_noise_is_no_range(blob: bytes) -> None:
     live = ranges.encode_live(np.array([1], np.uint16))
     with pytest.raises(CatalogFailed):
-        ranges.decode(live, blob)
+        ranges.decode(7, live, blob)
 
 
 def test_damage_of_what_is_live_is_noticed() -> None:
     entries = np.zeros(2, ranges.ENTRY)
     entries["slot"], entries["length"], entries["pack"] = (3, 9), 1, 1
-    blob, live = ranges.encode(entries), ranges.encode_live(entries["slot"])
-    assert ranges.decode(live, blob)["slot"].tolist() == [3, 9]
-    assert ranges.decode(ranges.encode_live(entries["slot"][1:]), blob)["slot"].tolist() == [9]
+    blob, live = ranges.encode(7, entries), ranges.encode_live(entries["slot"])
+    assert ranges.decode(7, live, blob)["slot"].tolist() == [3, 9]
+    assert ranges.decode(7, ranges.encode_live(entries["slot"][1:]), blob)["slot"].tolist() == [9]
     for bit in range(8 * len(live)):
         damaged = bytearray(live)
         damaged[bit // 8] ^= 1 << bit % 8
         with pytest.raises(CatalogFailed):
-            ranges.decode(bytes(damaged), blob)
+            ranges.decode(7, bytes(damaged), blob)
     with pytest.raises(CatalogFailed):
-        ranges.decode(ranges.encode_live(np.array([3, 4], np.uint16)), blob)
+        ranges.decode(7, ranges.encode_live(np.array([3, 4], np.uint16)), blob)
