@@ -52,6 +52,7 @@ def create_app(service: Service, doorkeeper: Doorkeeper | None = None) -> FastAP
     app.include_router(_policies(service), prefix=wire.API, tags=["policies"])
     app.include_router(_disks(service), prefix=wire.API, tags=["disks"])
     app.include_router(_tasks(service), prefix=wire.API, tags=["disks"])
+    app.include_router(_images(service), prefix=wire.API, tags=["images"])
     app.include_router(_store(service), prefix=wire.API, tags=["store"])
     app.include_router(_daemon(service), prefix=wire.API, tags=["daemon"])
     app.add_exception_handler(HvsnapError, _on_error)
@@ -242,6 +243,28 @@ def _tasks(service: Service) -> APIRouter:
     @router.post("/tasks/{id}/cancel", status_code=202)
     async def cancel_task(id: Id) -> wire.Task:
         return views.task(service.tasks.cancel(id))
+
+    return router
+
+
+def _images(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/images")
+    async def list_images() -> wire.ImageList:
+        return await service.images.listing()
+
+    @router.post("/images", status_code=201)
+    async def create_image(body: wire.ImageCreate) -> wire.Image:
+        return await service.images.create(body)
+
+    @router.post("/images/{image}/export", status_code=202)
+    async def export_image(image: Id, body: wire.ImageExport) -> wire.Task:
+        return views.task(await service.images.export(image, body.path))
+
+    @router.post("/images/{image}/delete")
+    async def delete_image(image: Id) -> wire.Image:
+        return await service.images.delete(image)
 
     return router
 

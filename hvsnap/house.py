@@ -24,6 +24,7 @@ from hvsnap.hypervisor.qmp import BareGuest, QmpHypervisor
 from hvsnap.model import Layer
 from hvsnap.mqtt.publisher import MqttPublisher
 from hvsnap.restore.disk import DiskMaker
+from hvsnap.restore.export import ImageExporter
 from hvsnap.restore.occupancy import Occupancy
 from hvsnap.restore.rollback import Rollback
 from hvsnap.restore.serve import Access as ServedTo
@@ -40,6 +41,7 @@ from hvsnap.service.feed import Feed, newest_sequence
 from hvsnap.service.guests import Guests
 from hvsnap.service.hooks import Hooks
 from hvsnap.service.housekeeping import Housekeeping, VerifySettings
+from hvsnap.service.images import ExportRecovery, Images
 from hvsnap.service.inventory import Inventory
 from hvsnap.service.known_disks import KnownDisks
 from hvsnap.service.origins import Origins
@@ -154,8 +156,11 @@ async def _furnish(
     maker = DiskMaker(catalog, store, private, Occupancy(hypervisor, catalog), devices)
     roller = Rollback(hypervisor, catalog, store, private, guard)
     restores = RestoreRecovery(catalog, maker, roller, uses, guard)
+    exporter = ImageExporter(catalog, store, private)
+    exports = ExportRecovery(catalog, exporter, uses)
     attaching = Attaching(catalog, inventory, captures, devices)
-    recovery = Recovery(catalog, [captures.recover, restores.recover, attaching.recover], captures.give_way)
+    recoveries = [captures.recover, restores.recover, attaching.recover, exports.recover]
+    recovery = Recovery(catalog, recoveries, captures.give_way)
     attendance.also_wake.append(recovery.wake)
     snapshots = Snapshots(catalog, inventory, captures, uses, clock)
     origins = Origins(catalog, snapshots)
@@ -200,6 +205,7 @@ async def _furnish(
         rollbacks=Rollbacks(
             hypervisor, catalog, inventory, snapshots, origins, captures, tasks, uses, roller, snapshots_max=limit
         ),
+        images=Images(catalog, snapshots, housekeeping.images, exporter, tasks, uses, clock, own_directories=own),
         policies=Policies(catalog, inventory, clock, policies_max=settings.limits.policies),
         store=Store(
             catalog, store, snapshots, tasks, housekeeping, url=settings.store.url, directory=settings.store.path

@@ -33,6 +33,10 @@ POST /v1/disks/{disk}/rollback       Rollback           RollbackAnswer 202 and a
 POST /v1/disks/{disk}/reinit         Reinit             RollbackAnswer as above, to what the disk was made of
 POST /v1/disks/{disk}/edit           DiskEdit           Disk
 POST /v1/disks/{disk}/release        DiskRelease        DiskReleased   of a disk that is gone from its guest
+GET  /v1/images                                         ImageList
+POST /v1/images                      ImageCreate        Image          201
+POST /v1/images/{image}/export       ImageExport        Task           202
+POST /v1/images/{image}/delete                          Image          as it was
 GET  /v1/store                                          StoreInfo
 POST /v1/store/check                                    Task           202; catalog against store, both ways
 POST /v1/store/compact               StoreCompact       Task           202; with ``dry_run`` only the plan
@@ -476,6 +480,40 @@ class DiskReleased(Answer):
     kept: int = Field(description="snapshots that stay")
 
 
+class ImageCreate(Request):
+    """Promote a snapshot of a system disk to an image (SERVICE 7.4)."""
+
+    snapshot: Name
+    name: str = Field(max_length=4096)
+    description: str = Field(default="", max_length=65536)
+
+
+class ImageExport(Request):
+    """Write an image to a new file, a compressed qcow2. ``path`` is absolute, and must not exist."""
+
+    path: Name
+
+
+class Image(Answer):
+    """A snapshot of a system disk that is a template for new disks."""
+
+    id: str = Field(examples=["i-mfrggzdfmztw"])
+    name: str
+    description: str
+    snapshot: str = Field(description="what it is made of; it stays as long as the image is there")
+    disk: str = Field(description="of the snapshot")
+    guest: str
+    target: str
+    size_bytes: int
+    created_at: AwareDatetime
+
+
+class ImageList(Answer):
+    """All images, by name."""
+
+    images: list[Image]
+
+
 class Rollback(Request):
     """Set a disk back to one of its snapshots (SERVICE 6)."""
 
@@ -547,6 +585,18 @@ class Reinitialised(SetBack):
 
     kind: Literal["disk-reinit"] = "disk-reinit"
     origin: str = Field(description="the snapshot or image that the disk was made of")
+
+
+class ImageExported(Answer):
+    """What became of an ImageExport."""
+
+    kind: Literal["image-export"] = "image-export"
+    image: str
+    snapshot: str
+    path: str
+    size_bytes: int = Field(description="of the disk that it holds")
+    written_bytes: int
+    file_bytes: int = Field(description="size of the file")
 
 
 class AffectedSnapshot(Answer):
@@ -649,7 +699,9 @@ class StoreCompacted(Answer):
     packs: list[PackFate] = Field(description="with dry_run: what becomes of packs that do not stay as they are")
 
 
-TaskResult = DiskCreated | RolledBack | Reinitialised | SnapshotsVerified | StoreChecked | StoreCompacted
+TaskResult = (
+    DiskCreated | RolledBack | Reinitialised | ImageExported | SnapshotsVerified | StoreChecked | StoreCompacted
+)
 """What work returns, by its kind."""
 
 
@@ -657,7 +709,7 @@ class Task(Answer):
     """Long work that goes on in the daemon, whoever asked for it."""
 
     id: str = Field(examples=["t-mfrggzdfmztw"])
-    kind: str = Field(examples=["disk-create", "disk-rollback", "disk-reinit", "snapshot-verify", "store-check"])
+    kind: str = Field(examples=["disk-create", "disk-rollback", "disk-reinit", "image-export", "snapshot-verify"])
     subject: str = Field(description="what it works on, for people")
     state: TaskState
     step: str = Field(description="what it is doing now, for people")

@@ -19,6 +19,7 @@ from hvsnap.guard import StartGuard
 from hvsnap.hypervisor.images import ImageInfo
 from hvsnap.model import DiskId, GuestUuid, GuestView, Layer, Method, Operation, Progress, SnapshotId
 from hvsnap.restore.disk import ATTACH_KIND, NewDisk, Order, Plan
+from hvsnap.restore.export import ImageExporter
 from hvsnap.restore.rollback import RollbackPlan
 from hvsnap.restore.serve import Access as ServedTo
 from hvsnap.restore.serve import SnapshotServer, serve_directory
@@ -33,6 +34,7 @@ from hvsnap.service.feed import Feed
 from hvsnap.service.guests import Guests
 from hvsnap.service.hooks import Hooks
 from hvsnap.service.housekeeping import Housekeeping, VerifySettings
+from hvsnap.service.images import ExportRecovery, Images
 from hvsnap.service.inventory import Inventory
 from hvsnap.service.known_disks import KnownDisks
 from hvsnap.service.origins import Origins
@@ -200,6 +202,8 @@ async def a_house(directory: Path) -> AsyncIterator[House]:
         mqtt = MqttStatus(configured=True, connected=False, pending=2, error="refused")
         objects = LocalObjects(directory / "store")
         store = await open_store(objects, catalog)
+        exporter = ImageExporter(catalog, store, str(directory))
+        exports = ExportRecovery(catalog, exporter, uses)
         housekeeping = Housekeeping(catalog, store, clock, lambda: True, VerifySettings(0, 0), directory / "store")
         server = SnapshotServer(catalog, store, str(directory), str(serve_directory(directory)))
         await server.start()
@@ -207,6 +211,16 @@ async def a_house(directory: Path) -> AsyncIterator[House]:
             guests=guests,
             snapshots=snapshots,
             captures=captures,
+            images=Images(
+                catalog,
+                snapshots,
+                housekeeping.images,
+                exporter,
+                tasks,
+                uses,
+                clock,
+                own_directories=["/var/lib/hvsnap"],
+            ),
             policies=Policies(catalog, inventory, clock, policies_max=100),
             chains=Chains(catalog, inventory, captures, snapshots_max=64),
             disks=Disks(catalog, origins, attaching, tasks, uses, maker, own_directories=["/var/lib/hvsnap"]),
@@ -234,7 +248,7 @@ async def a_house(directory: Path) -> AsyncIterator[House]:
                 captures.busy_disks,
                 lambda: mqtt,
             ),
-            recovery=Recovery(catalog, [restores.recover, attaching.recover]),
+            recovery=Recovery(catalog, [restores.recover, attaching.recover, exports.recover]),
             status=StatusBoard("host-1", hypervisor, catalog, captures, tasks, lambda: mqtt, clock),
             feed=feed,
             hooks=Hooks(directory, lambda: None),

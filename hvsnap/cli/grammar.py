@@ -114,6 +114,7 @@ def root() -> typer.core.TyperGroup:
     """Return all commands as one, as typer parses it."""
     from hvsnap.cli import (  # noqa: F401 - they register their commands
         grammar_host,
+        grammar_images,
         grammar_policies,
         grammar_serving,
         grammar_store,

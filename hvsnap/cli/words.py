@@ -107,6 +107,18 @@ def attached_disks(ctx: typer.Context, incomplete: str) -> Words:
         return []
 
 
+def images(ctx: typer.Context, incomplete: str) -> Words:
+    """Return the images' names and ids."""
+    try:
+        from hvsnap import wire  # noqa: PLC0415 - as above
+
+        with _daemon(ctx) as client:
+            answer = client.get("/images", wire.ImageList).images
+        return plain([(one.name, one.id) for one in answer] + [(one.id, one.name) for one in answer], incomplete)
+    except Exception:
+        return []
+
+
 def policies(ctx: typer.Context, incomplete: str) -> Words:
     """Return the policies' names."""
     try:

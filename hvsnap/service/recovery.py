@@ -17,7 +17,7 @@ from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import HvsnapError, NotFound
 from hvsnap.guard import ROLLBACK, StartGuard
 from hvsnap.model import DiskId, Operation, OperationId, Progress, SnapshotId, State
-from hvsnap.restore import disk, rollback
+from hvsnap.restore import disk, export, rollback
 from hvsnap.service.uses import Uses
 
 log = logging.getLogger(__name__)
@@ -208,6 +208,10 @@ class Recovery:
             detail = "its snapshots are accomplished" if kept else "its snapshots failed; the next ones miss nothing"
         elif operation.kind == freeze.KIND:
             outcome, detail = "finished", "the guest's file systems are thawed"
+        elif operation.kind == export.KIND:
+            whole = operation.step == export.Step.NAMED
+            outcome = "finished" if whole else "undone"
+            detail = "the file is whole" if whole else "what was half-written is removed"
         elif operation.kind == disk.KIND and operation.step == disk.Step.NAMED:
             outcome, detail = "finished", "the disk is whole"
         elif operation.kind == disk.ATTACH_KIND:

@@ -10,6 +10,7 @@ from hvsnap.service.doctor import Doctor
 from hvsnap.service.feed import Feed
 from hvsnap.service.guests import Guests
 from hvsnap.service.hooks import Hooks
+from hvsnap.service.images import Images
 from hvsnap.service.known_disks import KnownDisks
 from hvsnap.service.policies import Policies
 from hvsnap.service.recovery import Recovery
@@ -34,6 +35,7 @@ class Service:
     disks: Disks
     known_disks: KnownDisks
     rollbacks: Rollbacks
+    images: Images
     store: Store
     tasks: Tasks
     doctor: Doctor

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from hvsnap import wire
 from hvsnap.catalog.catalog import Catalog
+from hvsnap.catalog.images import promoted
 from hvsnap.errors import BadRequest, Refused, SnapshotInUse, SnapshotLocked, SnapshotUnknown
 from hvsnap.happenings import EventType, snapshot_payload
 from hvsnap.model import Disk, Operation, Snapshot, SnapshotId, State
@@ -103,7 +104,7 @@ class Snapshots:
         """Delete snapshots, all of them or none, or tell what that would free (SERVICE 4).
 
         ``told_as`` is the event that each becomes. Raises :class:`SnapshotUnknown`, :class:`SnapshotInUse`,
-        :class:`SnapshotLocked`.
+        :class:`SnapshotLocked`, :class:`SnapshotPromoted`.
         """
         rows = [await self.row(name) for name in dict.fromkeys(ids)]
         for row in rows:
@@ -167,6 +168,10 @@ class Snapshots:
                 await tx.emit(told_as, snapshot_payload(disks[row.disk], row))
 
     async def _check_unused(self, ids: Sequence[SnapshotId]) -> None:
+        images = await self._catalog.images()
+        for name in ids:
+            if behind := [image for image in images if image.snapshot == name]:
+                raise promoted(name, behind)
         check_unused(ids, await self._catalog.snapshots(state=State.PROGRESSING), await self._catalog.operations())
 
     def _view(self, row: Snapshot, disk: Disk) -> wire.Snapshot:

@@ -39,7 +39,7 @@ COMES_WITH = {"starlette": "fastapi", "click": "typer"}
 COMMAND = re.compile(r"hvsnap ((?:snapshot|chain|disk|policy|image|store)-[a-z]+)")
 """A command of the command line, as documents and hints of errors spell it."""
 
-HINTS_AHEAD: set[str] = {"image-delete", "image-list"}
+HINTS_AHEAD: set[str] = set()
 """Commands that hints name and that are still to come: crossed out here when they are there."""
 
 

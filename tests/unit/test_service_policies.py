@@ -15,7 +15,7 @@ from hvsnap import policy as rules
 from hvsnap import wire
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import BadRequest, PolicyUnknown, Refused, SnapshotLocked
-from hvsnap.model import Disk, DiskId, Snapshot, SnapshotId, State
+from hvsnap.model import Disk, DiskId, Image, ImageId, Snapshot, SnapshotId, State
 from hvsnap.policy import DAY_S, Policy, PolicyId
 from hvsnap.service.inventory import Inventory
 from hvsnap.service.policies import Policies
@@ -291,6 +291,29 @@ async def test_a_locked_snapshot_outlives_its_policy_and_nobody_deletes_it(offic
     assert first.id in {one.id for one in await office.catalog.snapshots(disk.id)}
     await office.hours(24 * 3)
     assert first.id not in {one.id for one in await office.catalog.snapshots(disk.id)}
+
+
+async def test_s4_5_expiry_and_eviction_pass_over_a_snapshot_behind_an_image(office: Office) -> None:
+    aging, full = a_policy("aging", retain_days=1), a_policy("full", hours=tuple(range(24)), retain_days=None)
+    (short,) = await office.add(aging, a_disk())
+    (long,) = await office.add(full, a_disk(target="vdb"))
+    await office.hours(24)
+    kept = [(await office.catalog.snapshots(disk.id))[0] for disk in (short, long)]
+    async with office.catalog.write() as tx:
+        for number, row in enumerate(kept):
+            await tx.add_image(Image(ImageId(f"i-{number}"), f"image {number}", "", row.id, 1.0))
+    await office.hours(24 * 5)
+    for disk, row in zip((short, long), kept, strict=True):
+        left = [one.id for one in await office.catalog.snapshots(disk.id)]
+        assert left[0] == row.id
+        assert len(left) == (2 if disk is short else LIMIT)
+    events = await office.events()
+    assert events["snapshot.expired"] == 4
+    assert events["snapshot.evicted"] > 24
+    async with office.catalog.write() as tx:
+        await tx.remove_image(ImageId("i-0"))
+    await office.hours(1)
+    assert kept[0].id not in {one.id for one in await office.catalog.snapshots(short.id)}
 
 
 async def test_ten_days_of_ten_policies_leave_what_the_rules_say(office: Office) -> None:
