@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Annotated, Any
@@ -350,6 +351,8 @@ async def _event_stream(items: AsyncIterator[Event | Progress | None]) -> AsyncI
                 yield f"id: {item.sequence}\nevent: event\ndata: {data}\n\n".encode()
             else:
                 yield f"event: progress\ndata: {views.progress(item).model_dump_json()}\n\n".encode()
+            # Between two items of a long backlog the loop sees that the reader is gone, and serves others.
+            await asyncio.sleep(0)
 
 
 # -- errors ---------------------------------------------------------------------------------------

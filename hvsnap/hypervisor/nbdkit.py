@@ -24,7 +24,7 @@ class Nbdkit:
     """What to start: a Python plugin with its parameters, at a socket. ``writable``: into scratch that is lost again.
 
     ``outlives`` us: it goes on when the daemon ends, and is found again by its ``pid_file``. ``path`` is where the
-    plugin's modules are found. ``owner`` (uid, gid) may connect, besides root.
+    plugin's modules are found. ``owner`` (uid, gid; -1: the daemon's own) may connect, besides root.
     """
 
     socket: str
@@ -33,7 +33,7 @@ class Nbdkit:
     path: str
     writable: bool = False
     outlives: bool = False
-    owner: tuple[int, int] = (0, 0)
+    owner: tuple[int, int] = (-1, -1)
     mode: int = 0o600
 
     @property

@@ -39,9 +39,9 @@ PATIENCE_S = 900
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may connect, besides root: ``owner`` (uid, gid) by ``mode``."""
+    """Who may connect, besides root: ``owner`` (uid, gid; -1: the daemon's own) by ``mode``."""
 
-    owner: tuple[int, int] = (0, 0)
+    owner: tuple[int, int] = (-1, -1)
     mode: int = 0o600
 
 

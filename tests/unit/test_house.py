@@ -33,7 +33,7 @@ MODULES_OF = {
 }
 """Modules whose package has another name."""
 
-COMES_WITH = {"starlette": "fastapi", "click": "typer"}
+COMES_WITH = {"starlette": "fastapi", "click": "typer", "requests": "schemathesis", "urllib3": "schemathesis"}
 """Imported, and brought by another dependency, whose version decides over theirs."""
 
 COMMAND = re.compile(r"hvsnap ((?:snapshot|chain|disk|policy|image|store)-[a-z]+)")

@@ -70,6 +70,7 @@ ROOMS = {
     "upkeep": Layer.USE_CASE,
     "service": Layer.SERVICE,
     "metrics": Layer.ENTRANCE,
+    "openapi": Layer.ENTRANCE,
     "mqtt": Layer.ENTRANCE,
     "api": Layer.ENTRANCE,
     "api_limits": Layer.ENTRANCE,
