@@ -178,8 +178,17 @@ def watch(
     guest: Annotated[
         str, typer.Argument(metavar="GUEST", help="Only what concerns this one.", autocompletion=words.guests)
     ] = "",
+    mqtt: Annotated[str, typer.Option(metavar="URL", show_default=False, help="All hosts of this broker.")] = "",
+    mqtt_prefix: Annotated[str, typer.Option(metavar="TOPIC", help="What their topics begin with.")] = "hvsnap",
+    mqtt_user: Annotated[str, typer.Option(metavar="NAME", show_default=False, help="Who we are.")] = "",
+    mqtt_password_file: Annotated[str, typer.Option(metavar="PATH", show_default=False, help="Mode 0600.")] = "",
+    mqtt_ca_file: Annotated[str, typer.Option(metavar="PATH", show_default=False, help="Else the system's.")] = "",
 ) -> int:
-    """Show events and progress as they happen, until Ctrl-C."""
+    """Show events and progress as they happen, until Ctrl-C; with `--mqtt` many hosts', as a picture on a terminal."""
+    if mqtt:
+        from hvsnap.cli import dashboard
+
+        return dashboard.watch(session, guest, mqtt, mqtt_prefix, mqtt_user, mqtt_password_file, mqtt_ca_file)
     from hvsnap.cli import watching
 
     return watching.watch(session, guest)

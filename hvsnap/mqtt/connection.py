@@ -1,8 +1,8 @@
 """One connection to the broker: opening it, publishing on it, and what its failures mean.
 
-aiomqtt does the work. What this adds is told by the places where it reaches into it (:class:`_Client`): a broker that
-refuses a message says so in its acknowledgement, one that closes the connection instead of answering should not be
-waited for, and a descriptor that is closed must not be registered with the event loop.
+aiomqtt does the work. What this adds is told by the places where it reaches into it (:class:`BrokerClient`): a broker
+that refuses a message says so in its acknowledgement, one that closes the connection instead of answering should not
+be waited for, and a descriptor that is closed must not be registered with the event loop.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Will:
     payload: bytes
 
 
-class _Client(aiomqtt.Client):
+class BrokerClient(aiomqtt.Client):
     """aiomqtt's client, which also tells what it keeps to itself."""
 
     refusal: ReasonCode | None = None
@@ -177,7 +177,7 @@ class _ClosedEarly(aiomqtt.MqttCodeError):
 class Connection:
     """A connection that the broker has accepted. Publishes one message at a time, in the order of the calls."""
 
-    def __init__(self, client: _Client, *, version: ProtocolVersion, tls: bool) -> None:
+    def __init__(self, client: BrokerClient, *, version: ProtocolVersion, tls: bool) -> None:
         self._client = client
         self._tls = tls
         self._turn = asyncio.Lock()
@@ -260,7 +260,7 @@ async def _connect(
     where = credentials.endpoint
     if where.tls != (credentials.tls is not None):
         raise ConfigInvalid(f"mqtt.url: {where} without the TLS settings that it needs")
-    client = _Client(
+    client = BrokerClient(
         where.host,
         where.port,
         username=credentials.username,
