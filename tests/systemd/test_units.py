@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hvsnap import config, wire
+from hvsnap.cli import manual
 from hvsnap.cli.installing import UNITS
 from tests.cli_kit import HVSNAP, in_process
 
@@ -46,7 +47,7 @@ def test_nothing_is_written_by_a_dry_run_and_all_of_it_by_a_real_one(tmp_path: P
     assert done.files == planned.files
     assert {file.action for file in done.files} == {"create"}
     assert sorted(file.path for file in done.files) == sorted(str(p) for p in tmp_path.rglob("*") if p.is_file())
-    assert len(done.files) == len(list(UNITS.iterdir()))
+    assert len(done.files) == len(list(UNITS.iterdir())) + len(manual.files())
 
 
 def test_an_upgrade_replaces_the_units_and_keeps_the_configuration(root: Path) -> None:
@@ -138,7 +139,7 @@ def test_a_service_is_not_more_exposed_than_its_work_needs(root: Path, name: str
 def test_the_group_and_the_directories_come_into_being(root: Path) -> None:
     for name in ("passwd", "group"):
         (root / "etc" / name).touch()
-    (root / "usr").mkdir()
+    (root / "usr").mkdir(exist_ok=True)
     subprocess.run(["systemd-sysusers", f"--root={root}"], check=True, capture_output=True, timeout=60)
     (row,) = [line for line in (root / "etc" / "group").read_text().splitlines() if line.startswith("hvsnap:")]
     subprocess.run(["systemd-tmpfiles", "--create", f"--root={root}"], check=True, capture_output=True, timeout=60)
