@@ -72,7 +72,8 @@ class DiskView:
     """One disk of a guest as the hypervisor shows it at this moment.
 
     ``layers[0]`` is the image that takes the guest's writes, its backing files follow.
-    ``skip_reason`` says why the disk cannot be captured (empty: it can).
+    ``skip_reason`` says why the disk cannot be captured (empty: it can). ``secret`` names what the hypervisor opens an
+    encrypted image with (:meth:`hvsnap.ports.Hypervisor.passphrase`); empty: it knows of none.
     """
 
     target: str
@@ -82,6 +83,7 @@ class DiskView:
     system: bool
     skip_reason: str = ""
     iothread: bool = False
+    secret: str = ""
 
     @property
     def top(self) -> Layer:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from hvsnap.errors import HvsnapError
 from hvsnap.model import Bitmap, BlockPlace, DiskView, Event, GuestUuid, GuestView, Progress, SnapshotId
+from hvsnap.secret import Passphrase
 
 UInt64Array = npt.NDArray[np.uint64]
 
@@ -342,6 +343,13 @@ class Hypervisor(Protocol):
 
     async def redefine_source(self, uuid: GuestUuid, target: str, layer_path: str, layer_format: str) -> None:
         """Point the persistent definition of a shut-off guest's disk at an image (after an offline commit)."""
+        ...
+
+    async def passphrase(self, secret: str) -> Passphrase | None:
+        """Return what opens an encrypted image (:attr:`DiskView.secret`); None for a secret of no name.
+
+        Raises :class:`Refused` where the hypervisor does not give it out.
+        """
         ...
 
     async def fleecer(self, uuid: GuestUuid) -> Fleecer:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import os
 import stat
+from dataclasses import dataclass, field
 
 from hvsnap.errors import ConfigInvalid
 
 SECRET_BYTES_MAX = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Passphrase:
+    """What opens an encrypted image. It is in no text that is made of it, so that no log and no error can show it."""
+
+    value: bytes = field(repr=False)
 
 
 def read_secret(path: str, key: str) -> str:

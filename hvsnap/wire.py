@@ -196,6 +196,7 @@ class Snapshot(Answer):
     accomplished_at: AwareDatetime | None
     group: str | None
     automatic: bool = Field(description="a policy made it")
+    encrypted: bool = Field(description="its disk is encrypted: it is kept in encrypted stores only")
     expires_at: AwareDatetime | None = Field(description="null: not by time")
     locked_until: AwareDatetime | None
     progress: int = Field(ge=0, le=100, description="percent")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import tempfile
@@ -31,6 +32,15 @@ def workdir() -> Iterator[Path]:
     path = short_directory()
     yield path
     shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def sealed(workdir: Path) -> dict[str, str]:
+    """Return the configuration of an encrypted store."""
+    key = workdir / "store.key"
+    key.write_text(os.urandom(32).hex() + "\n")
+    key.chmod(0o600)
+    return {"store.encryption": f'key_file = "{key}"'}
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from hvsnap.catalog.catalog import Catalog
-from hvsnap.errors import GuestUnknown, HvsnapError, HypervisorFailed, HypervisorUnreachable
+from hvsnap.errors import GuestUnknown, HvsnapError, HypervisorFailed, HypervisorUnreachable, Refused
 from hvsnap.model import (
     Bitmap,
     Disk,
@@ -26,6 +26,7 @@ from hvsnap.model import (
     Traits,
 )
 from hvsnap.ports import Census, JobView
+from hvsnap.secret import Passphrase
 from hvsnap.service.requests import SnapshotRequest
 from tests.catalog_kit import StoppedClock
 
@@ -49,6 +50,7 @@ class FakeHypervisor:
         self.shown = {guest.uuid: guest for guest in guests}
         self.bitmaps_of: dict[tuple[GuestUuid, str], list[Bitmap]] = {}
         self.log: list[str] = []
+        self.secrets: dict[str, bytes | None] = {}
         self.unreachable = False
         self.silent: dict[str, HvsnapError] = {}
         self.ignores_shutdown = False
@@ -112,6 +114,13 @@ class FakeHypervisor:
 
     async def redefine_source(self, uuid: GuestUuid, target: str, layer_path: str, layer_format: str) -> None:
         raise NotImplementedError
+
+    async def passphrase(self, secret: str) -> Passphrase | None:
+        if secret not in self.secrets:
+            return None
+        if (value := self.secrets[secret]) is None:
+            raise Refused(f"the secret {secret} is not given out")
+        return Passphrase(value)
 
     async def resume_after_error(self, uuid: GuestUuid) -> None:
         raise NotImplementedError

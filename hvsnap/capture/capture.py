@@ -95,7 +95,7 @@ class Capture:
         await self._step(Step.OVERLAYS)
         bare = (await self._hypervisor.guest(order.guest)).instance is not None
         for plan in order.disks:
-            await create_overlay(plan.captured, order.block_size, bare=bare)
+            await create_overlay(plan.captured, order.block_size, bare=bare, key=plan.key)
         consistency, note = await self._switch_consistently()
         await self._check_switched()
         await self._bar()
@@ -180,7 +180,7 @@ class Capture:
         """
         for plan in self._order.disks:
             if plan.captured.new:
-                await images.bitmap_add(plan.captured.base, plan.captured.new, self._order.block_size)
+                await images.bitmap_add(plan.captured.base, plan.captured.new, self._order.block_size, key=plan.key)
         async with images_locked([plan.captured.base for plan in self._order.disks]):
             await self._step(Step.READING)
             asked = self._order.consistency

@@ -39,7 +39,8 @@ class CapturedDisk:
 
     ``base`` is the guest's image, ``overlay`` what takes its writes meanwhile (redirect), ``scratch`` what takes the
     old data that is overwritten meanwhile (fleece); empty where there is none. ``old`` is the bitmap that the capture
-    reads, ``new`` the one that records from its instant on; None where there is none.
+    reads, ``new`` the one that records from its instant on; None where there is none. ``secret`` names what opens the
+    image, and its overlay, where they are encrypted.
     """
 
     disk: DiskId
@@ -51,6 +52,7 @@ class CapturedDisk:
     old: str | None
     new: str | None
     scratch: str = ""
+    secret: str = ""
 
 
 @dataclass(frozen=True, slots=True)

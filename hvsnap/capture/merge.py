@@ -109,7 +109,8 @@ class Merge:
             attached_to_base = guest is not None and found is None and attached(guest, disk.base) is not None
             if pivot_asked:
                 pivoted = await pivot_proved(disk, guest, asked, on_base=attached_to_base)
-            empty = found is None and not pivoted and await images.is_empty(disk.overlay)
+            if found is None and not pivoted:
+                empty = await images.is_empty(disk.overlay, key=await self._hypervisor.passphrase(disk.secret))
         elif found is not None and guest is not None and not guest.active and guest.instance is not None:
             # Somebody has settled it by hand and removed the overlay; only our own memory still names it.
             pivoted = not exists
@@ -122,7 +123,8 @@ class Merge:
         elif action is Action.PIVOT:
             await self._hypervisor.commit_pivot(uuid, await self._target(uuid, disk))
         elif action is Action.COMMIT_OFFLINE:
-            await images.commit_overlay(disk.overlay, disk.base)
+            key = await self._hypervisor.passphrase(disk.secret)
+            await images.commit_overlay(disk.overlay, disk.base, key=key)
             await self._leave_overlay(uuid, disk)
         elif action is Action.FINISH_PIVOT:
             await self._leave_overlay(uuid, disk)

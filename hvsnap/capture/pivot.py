@@ -12,6 +12,7 @@ from hvsnap.capture.facts import CapturedDisk
 from hvsnap.errors import HypervisorFailed
 from hvsnap.hypervisor import images
 from hvsnap.model import GuestView
+from hvsnap.secret import Passphrase
 
 OPEN_MARKER = "hvsnap-open"
 """A disabled bitmap in the overlays of libvirt's guests. QEMU marks it in use while the overlay is open for writing,
@@ -42,11 +43,11 @@ async def pivot_proved(disk: CapturedDisk, guest: GuestView | None, asked: str, 
     return await _image_is_newer(disk)
 
 
-async def create_overlay(disk: CapturedDisk, block_size: int, *, bare: bool) -> None:
+async def create_overlay(disk: CapturedDisk, block_size: int, *, bare: bool, key: Passphrase | None) -> None:
     """Create the overlay of a disk, in the form from which it can be told later whether it was closed in good order."""
-    await images.create_overlay(disk.overlay, disk.base, disk.base_format, lazy=bare)
+    await images.create_overlay(disk.overlay, disk.base, disk.base_format, lazy=bare, key=key)
     if not bare:
-        await images.bitmap_add(disk.overlay, OPEN_MARKER, block_size, disabled=True)
+        await images.bitmap_add(disk.overlay, OPEN_MARKER, block_size, disabled=True, key=key)
 
 
 async def _closed_in_order(disk: CapturedDisk, *, bare: bool) -> bool:

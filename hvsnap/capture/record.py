@@ -27,6 +27,7 @@ from hvsnap.happenings import EventType, snapshot_payload
 from hvsnap.hypervisor.nbd_server import serve_image
 from hvsnap.model import Consistency, Disk, Kind, Method, OperationId, Progress, Snapshot, State
 from hvsnap.ports import Clock, NbdExport, UInt64Array
+from hvsnap.secret import Passphrase
 from hvsnap.store.blocks import PackedBlocks
 from hvsnap.store.identity import ManifestHead
 from hvsnap.store.manifest import ManifestPage
@@ -37,6 +38,7 @@ class DiskPlan:
     """One disk of a capture: what the catalog knew when it began, and what was decided.
 
     ``export`` is the frozen disk where the guest's own QEMU shows it (fleece); None: its image is opened to be read.
+    ``key`` opens an image that is encrypted.
     """
 
     disk: Disk
@@ -44,6 +46,7 @@ class DiskPlan:
     captured: CapturedDisk
     decision: Decision
     export: NbdExport | None = None
+    key: Passphrase | None = None
 
 
 class CatalogStage:
@@ -95,19 +98,19 @@ class Recorder:
         """Read one frozen disk; the plan comes back with what was really done (a bitmap may turn out unreadable)."""
         if plan.export is not None:
             return plan, await self._read(plan, plan.export)
-        base, base_format = plan.captured.base, plan.captured.base_format
         if plan.decision.bitmap is not None:
             try:
-                async with self._serve(base, base_format, plan.decision.bitmap) as export:
+                async with self._serve(plan, plan.decision.bitmap) as export:
                     return plan, await self._read(plan, export)
             except HypervisorFailed as error:
                 reason = f"the dirty bitmap could not be exported: {error.message}"
                 plan = replace(plan, decision=Decision(Kind.INCREMENTAL, Method.RESCAN, reason))
-        async with self._serve(base, base_format, None) as export:
+        async with self._serve(plan, None) as export:
             return plan, await self._read(plan, export)
 
-    def _serve(self, base: str, base_format: str, bitmap: str | None) -> AbstractAsyncContextManager[NbdExport]:
-        return serve_image(base, base_format, run_dir=self._run_dir, bitmap=bitmap, idle_priority=True)
+    def _serve(self, plan: DiskPlan, bitmap: str | None) -> AbstractAsyncContextManager[NbdExport]:
+        base, base_format = plan.captured.base, plan.captured.base_format
+        return serve_image(base, base_format, run_dir=self._run_dir, bitmap=bitmap, idle_priority=True, key=plan.key)
 
     async def _read(self, plan: DiskPlan, export: NbdExport) -> Totals:
         snapshot = plan.snapshot

@@ -202,7 +202,8 @@ class Settle:
                 if not await asyncio.to_thread(images.exists, disk.base):
                     return  # the image was deleted, and its bitmaps with it
                 if (await images.image_info(disk.base, disk.base_format)).bitmap(name) is not None:
-                    await images.bitmap_remove(disk.base, name)
+                    key = await self._hypervisor.passphrase(disk.secret)
+                    await images.bitmap_remove(disk.base, name, key=key)
                 return
             except HypervisorUnreachable:
                 raise

@@ -6,10 +6,12 @@ https://libvirt.org/formatdomain.html#hard-drives-floppy-disks-cdroms
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
 from hvsnap.errors import BadRequest, HypervisorFailed
+from hvsnap.hypervisor import disk_encryption
 from hvsnap.model import DiskView, GuestState, GuestUuid, GuestView, Layer
 
 BUSES = ("virtio", "scsi")
@@ -66,7 +68,7 @@ def _skip_reason(disk: ElementTree.Element, layers: tuple[Layer, ...]) -> str:
             return f"it is {reason}"
     if layers[0].format not in FORMATS:
         return f"its format is {layers[0].format}, not qcow2 or raw"
-    return ""
+    return disk_encryption.skip_reason(disk, layers[0].format)
 
 
 def _boot_order(disk: ElementTree.Element) -> int:
@@ -86,6 +88,7 @@ def _disk(element: ElementTree.Element, *, system: bool) -> DiskView:
         system=system,
         skip_reason=_skip_reason(element, layers),
         iothread=driver is not None and driver.get("iothread") is not None,
+        secret=disk_encryption.secret_of(element),
     )
 
 
@@ -168,18 +171,23 @@ def agent_connected(root: ElementTree.Element) -> bool | None:
     return any(target.get("state") == "connected" for target in targets) if targets else None
 
 
-def snapshot_xml(all_targets: list[str], overlays: dict[str, str]) -> str:
-    """Return the XML of a disk-only snapshot into prepared overlays; every other disk is named as left out."""
+def snapshot_xml(all_disks: Iterable[DiskView], overlays: dict[str, str]) -> str:
+    """Return the XML of a disk-only snapshot into prepared overlays; every other disk is named as left out.
+
+    An encrypted disk's overlay is opened by the disk's own secret.
+    """
     root = ElementTree.Element("domainsnapshot")
     disks = ElementTree.SubElement(root, "disks")
-    for target in all_targets:
-        overlay = overlays.get(target)
+    for view in all_disks:
+        overlay = overlays.get(view.target)
         if overlay is None:
-            ElementTree.SubElement(disks, "disk", name=target, snapshot="no")
+            ElementTree.SubElement(disks, "disk", name=view.target, snapshot="no")
             continue
-        disk = ElementTree.SubElement(disks, "disk", name=target, snapshot="external", type="file")
+        disk = ElementTree.SubElement(disks, "disk", name=view.target, snapshot="external", type="file")
         ElementTree.SubElement(disk, "driver", type="qcow2")
-        ElementTree.SubElement(disk, "source", file=overlay)
+        source = ElementTree.SubElement(disk, "source", file=overlay)
+        if view.secret:
+            source.append(disk_encryption.encryption(view.secret))
     return ElementTree.tostring(root, encoding="unicode")
 
 

@@ -14,6 +14,7 @@ from typing import Protocol
 from hvsnap.errors import GuestUnknown, HvsnapError, HypervisorFailed, HypervisorUnreachable
 from hvsnap.model import Bitmap, GuestUuid, GuestView, Traits
 from hvsnap.ports import Census, Fleecer, Hypervisor, JobView
+from hvsnap.secret import Passphrase
 
 LOOK_S = 15.0
 """How long one hypervisor may take to show its guests before the others' are shown without them."""
@@ -192,6 +193,13 @@ class Fleet:
     async def redefine_source(self, uuid: GuestUuid, target: str, layer_path: str, layer_format: str) -> None:
         """Point a shut-off guest's disk at an image."""
         await (await self._owner(uuid)).redefine_source(uuid, target, layer_path, layer_format)
+
+    async def passphrase(self, secret: str) -> Passphrase | None:
+        """Return what opens an encrypted image; libvirt alone keeps such things."""
+        keepers = [member.hypervisor for member in self.members if member.name == "libvirt"]
+        if secret and not keepers:
+            raise HypervisorFailed(f"nobody knows the secret {secret}", hint="is hypervisor.libvirt_uri configured?")
+        return await keepers[0].passphrase(secret) if secret else None
 
     async def fleecer(self, uuid: GuestUuid) -> Fleecer:
         """Return who fleeces the guest's disks."""

@@ -15,13 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from hvsnap.errors import HypervisorFailed, TargetExists
+from hvsnap.hypervisor.image_key import CREATE_OPTIONS, named
 from hvsnap.hypervisor.tools import run
 from hvsnap.model import Bitmap
+from hvsnap.secret import Passphrase
 
 OVERLAY_OPTIONS = "extended_l2=on,cluster_size=128k"
 """Sub-clusters of 4 KiB: a guest's small write into the overlay copies nothing from the image below.
 With plain 64 KiB clusters the guest lost 20 % of its random writes while a snapshot was open
 (docs/performance.md)."""
+
+KEY_MS = 100
+"""How long opening an encrypted overlay takes QEMU: it derives the key while the guest stands still. The image itself
+has seconds of that (qemu-img's default is 2), but is opened before its guest runs."""
+
+_CLOCK_FAILED = "Unable to get accurate CPU usage"
+"""QEMU 7.2 measures how fast keys are derived here, and gives up where the kernel's clock has not moved meanwhile."""
+
+CREATIONS_MAX = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +92,20 @@ async def image_info(path: str, image_format: str) -> ImageInfo:
     )
 
 
+async def encrypted_below(info: ImageInfo) -> bool:
+    """Whether an image of the backing chain is encrypted; one that cannot be looked at is not, as far as is known."""
+    seen = {info.path}
+    while info.backing_path is not None and info.backing_format is not None and info.backing_path not in seen:
+        seen.add(info.backing_path)
+        try:
+            info = await image_info(info.backing_path, info.backing_format)
+        except HypervisorFailed:
+            return False
+        if info.encrypted:
+            return True
+    return False
+
+
 def _create_empty(path: str, like: str | None) -> None:
     """Create an empty file exclusively, with the owner and mode of ``like`` (so that QEMU may open it)."""
     try:
@@ -108,20 +133,39 @@ async def remove(path: str) -> None:
     await asyncio.to_thread(Path(path).unlink, missing_ok=True)
 
 
-async def create_overlay(path: str, base_path: str, base_format: str, *, lazy: bool = False) -> None:
+async def create_overlay(
+    path: str, base_path: str, base_format: str, *, lazy: bool = False, key: Passphrase | None = None
+) -> None:
     """Create an empty overlay over ``base_path``, owned like it; raises :class:`TargetExists`.
 
     With ``lazy`` reference counts it says of itself whether it was closed in good order (:attr:`ImageInfo.dirty`).
-    Nothing is left behind when it fails.
+    With a ``key``, which opens the base, it is encrypted as well. Nothing is left behind when it fails.
     """
     await asyncio.to_thread(_create_empty, path, base_path)
     try:
         features = f"{OVERLAY_OPTIONS},lazy_refcounts=on" if lazy else OVERLAY_OPTIONS
-        options = ("-o", features, "-b", base_path, "-F", base_format)
-        await run("qemu-img", "create", "-q", "-f", "qcow2", *options, path)
+        on_base = ("-b", base_path, "-F", base_format)
+        if key is None:
+            await run("qemu-img", "create", "-q", "-f", "qcow2", "-o", features, *on_base, path)
+        else:
+            size = str((await image_info(base_path, base_format)).size_bytes)
+            options = f"{features},{CREATE_OPTIONS},encrypt.iter-time={KEY_MS}"
+            # Unsafe (-u) is only that the base is not opened: it is there, and its size is known.
+            await _create_encrypted("-f", "qcow2", "-o", options, "-u", *on_base, path, size, key=key)
     except BaseException:
         await asyncio.shield(remove(path))
         raise
+
+
+async def _create_encrypted(*arguments: str, key: Passphrase) -> None:
+    """Create an encrypted image, again where QEMU's clock has failed it."""
+    for left in reversed(range(CREATIONS_MAX)):
+        try:
+            await run("qemu-img", "create", "-q", *arguments, key=key)
+            return
+        except HypervisorFailed as error:
+            if left == 0 or _CLOCK_FAILED not in error.message:
+                raise
 
 
 async def create_image(path: str, image_format: str, size_bytes: int, *, like: str | None = None) -> None:
@@ -148,24 +192,36 @@ async def largest_size(image_format: str, size_bytes: int) -> int:
     return int(json.loads(out)["fully-allocated"])
 
 
-async def bitmap_add(path: str, name: str, granularity: int, *, disabled: bool = False) -> None:
+async def bitmap_add(
+    path: str, name: str, granularity: int, *, disabled: bool = False, key: Passphrase | None = None
+) -> None:  # fmt: skip
     """Add a persistent bitmap to a qcow2 image that nobody writes to; it records unless ``disabled``."""
     state = "--disable" if disabled else "--enable"
-    await run("qemu-img", "bitmap", "-f", "qcow2", "--add", state, "-g", str(granularity), path, name)
+    how, image = named(path, "qcow2", key)
+    await run("qemu-img", "bitmap", *how, "--add", state, "-g", str(granularity), image, name, key=key)
 
 
-async def bitmap_remove(path: str, name: str) -> None:
+async def bitmap_remove(path: str, name: str, *, key: Passphrase | None = None) -> None:
     """Remove a bitmap, also an inconsistent one, from a qcow2 image that nobody writes to."""
-    await run("qemu-img", "bitmap", "-f", "qcow2", "--remove", path, name)
+    how, image = named(path, "qcow2", key)
+    await run("qemu-img", "bitmap", *how, "--remove", image, name, key=key)
 
 
-async def commit_overlay(overlay: str, base: str) -> None:
+async def commit_overlay(overlay: str, base: str, *, key: Passphrase | None = None) -> None:
     """Write an overlay's content down into exactly ``base`` while the guest is off.
 
     May be repeated after a crash: until the overlay is removed it holds all newer data. Recording bitmaps
     of the base see these writes. ``-d`` keeps the overlay's content, so that it stays the truth until then.
     """
-    await run("qemu-img", "commit", "-q", "-d", "-f", "qcow2", "-b", base, overlay)
+    how, image = named(overlay, "qcow2", key, below=True)
+    into = ["-b", base]
+    if key is not None:
+        # A backing file that a key opens has no name to be found by; with none named, it is the one right below.
+        below = (await image_info(overlay, "qcow2")).backing_path
+        if below != base:
+            raise HypervisorFailed(f"{overlay} lies over {below}, not over {base}")
+        into = []
+    await run("qemu-img", "commit", "-q", "-d", *how, *into, image, key=key)
 
 
 async def sync_image(path: str) -> None:
@@ -185,9 +241,10 @@ async def sync_image(path: str) -> None:
     await asyncio.to_thread(sync)
 
 
-async def is_empty(path: str) -> bool:
+async def is_empty(path: str, *, key: Passphrase | None = None) -> bool:
     """Whether nothing was ever written into a qcow2 overlay: no cluster of its own is allocated."""
-    out = await run("qemu-img", "map", "-U", "--output=json", "-f", "qcow2", path)
+    how, image = named(path, "qcow2", key, below=True)
+    out = await run("qemu-img", "map", "-U", "--output=json", *how, image, key=key)
     return not any(extent["depth"] == 0 and extent.get("present", True) for extent in json.loads(out))
 
 

@@ -19,12 +19,13 @@ from typing import Any, TypeVar
 import libvirt
 import libvirt_qemu
 
-from hvsnap.errors import AgentMissing, AgentUnavailable, GuestUnknown, HypervisorFailed
-from hvsnap.hypervisor import domain_xml, qemu_nodes
+from hvsnap.errors import AgentMissing, AgentUnavailable, GuestUnknown, HypervisorFailed, Refused
+from hvsnap.hypervisor import disk_encryption, domain_xml, qemu_nodes
 from hvsnap.hypervisor.libvirt_connection import LibvirtConnection, Lifecycle
 from hvsnap.hypervisor.libvirt_traits import traits
 from hvsnap.model import Bitmap, GuestState, GuestUuid, GuestView, Layer, Traits
 from hvsnap.ports import Census, Fleecer, JobView
+from hvsnap.secret import Passphrase
 
 T = TypeVar("T")
 
@@ -211,8 +212,7 @@ class LibvirtHypervisor:
         """Redirect the writes of all targets to their overlays at one instant, or of none."""
 
         def work(domain: Any) -> None:
-            targets = [disk.target for disk in _view(domain).disks]
-            domain.snapshotCreateXML(domain_xml.snapshot_xml(targets, overlays), _SNAPSHOT_FLAGS)
+            domain.snapshotCreateXML(domain_xml.snapshot_xml(_view(domain).disks, overlays), _SNAPSHOT_FLAGS)
 
         await self._on(uuid, work)
 
@@ -272,6 +272,25 @@ class LibvirtHypervisor:
             domain.fsThaw(None, 0)
 
         await self._on(uuid, work)
+
+    async def passphrase(self, secret: str) -> Passphrase | None:
+        """Return a secret's value; raises :class:`Refused` where libvirt does not give it out."""
+        by_usage, name = disk_encryption.secret_name(secret)
+
+        def work(connection: Any) -> Passphrase:
+            if by_usage:
+                found = connection.secretLookupByUsage(libvirt.VIR_SECRET_USAGE_TYPE_VOLUME, name)
+            else:
+                found = connection.secretLookupByUUIDString(name)
+            return Passphrase(found.value(0))
+
+        if not secret:
+            return None
+        try:
+            return await self.connection.call(work)
+        except HypervisorFailed as error:
+            hint = "it must have a value and not be private: `virsh secret-get-value` shows whether it can be had"
+            raise Refused(f"libvirt does not give out the secret {name}: {error.message}", hint=hint) from error
 
     async def fleecer(self, uuid: GuestUuid) -> Fleecer:
         """Raise: guests of libvirt are captured by redirecting, which costs them less."""

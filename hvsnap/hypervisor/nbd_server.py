@@ -10,8 +10,10 @@ import socket
 from collections.abc import AsyncIterator
 
 from hvsnap.errors import HypervisorFailed
+from hvsnap.hypervisor.image_key import handed_over, named
 from hvsnap.hypervisor.tools import bound_to_us, end, failure
 from hvsnap.ports import NbdExport
+from hvsnap.secret import Passphrase
 
 START_TIMEOUT_S = 30.0
 """qemu-nbd is up in ~20 ms; opening a qcow2 with large bitmaps from a slow disk takes seconds."""
@@ -63,16 +65,18 @@ async def serve_image(
     bitmap: str | None = None,
     connections: int = 8,
     idle_priority: bool = False,
+    key: Passphrase | None = None,
 ) -> AsyncIterator[NbdExport]:
     """Serve one image on a private socket below ``run_dir`` for as long as the context lasts.
 
     The process takes the image's lock: a guest cannot open for writing what is restored here. It dies with
-    the daemon. ``idle_priority`` gives its I/O to everybody else first. Raises :class:`HypervisorFailed`, also
-    for a bitmap that is missing or inconsistent.
+    the daemon. ``idle_priority`` gives its I/O to everybody else first; ``key`` opens an encrypted image. Raises
+    :class:`HypervisorFailed`, also for a bitmap that is missing or inconsistent.
     """
     path_of_socket = os.path.join(run_dir, f"nbd-{secrets.token_hex(6)}.sock")
     argv = ["qemu-nbd", "--persistent", "--shared", str(connections), "--socket", path_of_socket]
-    argv += ["--format", image_format]
+    how, image = named(path, image_format, key)
+    argv += how
     if read_only:
         argv += ["--read-only"]
     else:
@@ -80,13 +84,14 @@ async def serve_image(
         cache = "none" if await asyncio.to_thread(_takes_direct, path, image_format) else "writeback"
         argv += ["--discard", "unmap", "--cache", cache]
     argv += [] if bitmap is None else ["--bitmap", bitmap]
-    command = bound_to_us([*(["ionice", "-c", "3"] if idle_priority else []), *argv, path])
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-    )
+    with handed_over(key) as (secret, inherited):
+        process = await asyncio.create_subprocess_exec(
+            *bound_to_us([*(["ionice", "-c", "3"] if idle_priority else []), *argv, *secret, image]),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            pass_fds=inherited,
+        )
     try:
         try:
             await _wait_listening(process, argv, path_of_socket)

@@ -32,6 +32,7 @@ from hvsnap.hypervisor.qmp_memory import Seen, disks_while_off, identity, with_l
 from hvsnap.hypervisor.qmp_redirect import QmpRedirect
 from hvsnap.model import Bitmap, DiskView, GuestState, GuestUuid, GuestView, Layer, Traits
 from hvsnap.ports import Census, Fleecer, GuestMemory, JobView
+from hvsnap.secret import Passphrase
 
 log = logging.getLogger(__name__)
 
@@ -239,6 +240,10 @@ class QmpHypervisor:
         seen = await self._recalled()
         if seen is not None:
             await self._remember(with_layers(seen, target, (Layer(layer_path, layer_format),)))
+
+    async def passphrase(self, secret: str) -> Passphrase | None:
+        """Return None: nobody has told this daemon of a bare guest's secrets."""
+        return None
 
     async def fleecer(self, uuid: GuestUuid) -> Fleecer:
         """Return who fleeces the guest's disks."""

@@ -7,6 +7,8 @@ import contextlib
 from collections.abc import Sequence
 
 from hvsnap.errors import HypervisorFailed, NoSpace
+from hvsnap.hypervisor.image_key import handed_over
+from hvsnap.secret import Passphrase
 
 STDERR_BYTES_MAX = 4096
 """How much of a tool's complaint is kept: enough for its last lines, bounded against a flood."""
@@ -47,17 +49,20 @@ async def end(process: asyncio.subprocess.Process, grace_s: float = 10.0) -> Non
         await process.wait()
 
 
-async def run(*argv: str) -> bytes:
+async def run(*argv: str, key: Passphrase | None = None) -> bytes:
     """Run a tool to its end and return its output; it is killed when the caller is cancelled.
 
-    Raises :class:`HypervisorFailed` with the tool's last line, or :class:`NoSpace`.
+    A ``key`` is handed to the tool behind its sub-command. Raises :class:`HypervisorFailed` with the tool's last line,
+    or :class:`NoSpace`.
     """
-    process = await asyncio.create_subprocess_exec(
-        *bound_to_us(argv),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
+    with handed_over(key) as (arguments, inherited):
+        process = await asyncio.create_subprocess_exec(
+            *bound_to_us([*argv[:2], *arguments, *argv[2:]]),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            pass_fds=inherited,
+        )
     try:
         stdout, stderr = await process.communicate()
     except asyncio.CancelledError:

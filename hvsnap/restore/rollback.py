@@ -37,6 +37,7 @@ from hvsnap.ports import Hypervisor, NbdExport, UInt64Array
 from hvsnap.restore.fill import Filler
 from hvsnap.restore.plan import add_difference
 from hvsnap.restore.writer import NbdWriter, open_writer
+from hvsnap.secret import Passphrase
 from hvsnap.store.blocks import PackedBlocks
 from hvsnap.store.codec import digest_blocks
 
@@ -116,8 +117,8 @@ class Rollback:
         self, disk_id: DiskId, snapshot_id: SnapshotId, report: Report, *, origin: bool = False
     ) -> RollbackPlan:
         """Return what would be written; nothing is touched. Raises as :meth:`run` does."""
-        disk, snapshot, info = await self._check(disk_id, snapshot_id, origin=origin)
-        differs, method, reason = await self._differs(disk, snapshot, info, report)
+        disk, snapshot, info, key = await self._check(disk_id, snapshot_id, origin=origin)
+        differs, method, reason = await self._differs(disk, snapshot, info, key, report)
         filler = Filler(self._catalog, self._store, snapshot)
         stored, zero = await filler.count(filler.differing_writes(differs))
         size = self._store.block_size
@@ -133,19 +134,19 @@ class Rollback:
         :class:`Damaged` before anything is written. From the first write on a failure leaves the journal's entry
         open, and :meth:`resume` goes on.
         """
-        disk, snapshot, info = await self._check(disk_id, snapshot_id, origin=origin)
+        disk, snapshot, info, key = await self._check(disk_id, snapshot_id, origin=origin)
         filler = Filler(self._catalog, self._store, snapshot)
         size = self._store.block_size
         # A guest that ran for a while between the look at its disk and the writing would leave what it wrote.
         async with images_locked([disk.source]):
-            differs, method, reason = await self._differs(disk, snapshot, info, report)
+            differs, method, reason = await self._differs(disk, snapshot, info, key, report)
             stored, zero = await filler.count(filler.differing_writes(differs))
             verified = Meter(snapshot.id, stored * size, lambda _progress: None)
             await filler.verify(filler.differing_writes(differs), verified)
-        async with self._open(disk) as writer:
+        async with self._open(disk, key) as writer:
             operation = await self._begin(disk, snapshot)
             await self._write(operation, writer, snapshot, info, differs, report)
-        await self._finish(operation, disk, snapshot, info, await self._start_bitmap(operation, disk, info))
+        await self._finish(operation, disk, snapshot, info, await self._start_bitmap(operation, disk, info, key))
         return RollbackPlan(
             snapshot.id, stored * size, zero * size, method, reason, info.size_bytes != snapshot.size_bytes
         )
@@ -161,19 +162,20 @@ class Rollback:
             info = await images.image_info(disk.source, disk.format)
             own = snapshot.disk == disk.id
             if own and disk.bitmap is not None and info.bitmap(disk.bitmap) is not None:
-                with contextlib.suppress(HypervisorFailed):  # in use: it only takes some memory there
-                    await images.bitmap_remove(disk.source, disk.bitmap)
+                with contextlib.suppress(HypervisorFailed, Refused):  # in use: it only takes some memory there
+                    key = await self._key(disk, info, await self._guest(disk))
+                    await images.bitmap_remove(disk.source, disk.bitmap, key=key)
             # If the bitmap was not started before the crash, its name stays unknown to the image: that means a rescan.
             bitmap = _bitmap_name(operation) if info.holds_bitmaps else None
             await self._finish(operation, disk, snapshot, info, bitmap)
             return
-        disk, snapshot, info = await self._check(disk_id, snapshot_id, origin=bool(operation.facts.get("origin")))
+        disk, snapshot, info, key = await self._check(disk_id, snapshot_id, origin=bool(operation.facts.get("origin")))
         await self._guard.bar(Bar.of(disk, ROLLBACK, snapshot=snapshot.id))
         async with images_locked([disk.source]):
-            differs = await self._compare(disk, snapshot, info, report)
-        async with self._open(disk) as writer:
+            differs = await self._compare(disk, snapshot, info, key, report)
+        async with self._open(disk, key) as writer:
             await self._write(operation, writer, snapshot, info, differs, report)
-        await self._finish(operation, disk, snapshot, info, await self._start_bitmap(operation, disk, info))
+        await self._finish(operation, disk, snapshot, info, await self._start_bitmap(operation, disk, info, key))
 
     # -- before -----------------------------------------------------------------------------------
 
@@ -197,7 +199,7 @@ class Rollback:
 
     async def _check(
         self, disk_id: DiskId, snapshot_id: SnapshotId, *, origin: bool
-    ) -> tuple[Disk, Snapshot, ImageInfo]:
+    ) -> tuple[Disk, Snapshot, ImageInfo, Passphrase | None]:
         disk = await self._catalog.disk(disk_id)
         snapshot = await self._catalog.snapshot(snapshot_id)
         if snapshot.disk != disk.id and not origin:
@@ -206,18 +208,34 @@ class Rollback:
         if snapshot.state is not State.ACCOMPLISHED:
             hint = "only accomplished snapshots can be restored"
             raise Refused(f"snapshot {snapshot.id} is {snapshot.state}", hint=hint)
-        try:
-            guest = await self._hypervisor.guest(disk.guest_uuid)
-        except NotFound:
-            guest = None
+        guest = await self._guest(disk)
         if guest is not None and guest.active:
             raise GuestRunning(f"guest {guest.name} is {guest.state}")
         if guest is not None:
             check_not_saved(guest)
-        return disk, snapshot, await images.image_info(disk.source, disk.format)
+        info = await images.image_info(disk.source, disk.format)
+        return disk, snapshot, info, await self._key(disk, info, guest)
+
+    async def _guest(self, disk: Disk) -> GuestView | None:
+        try:
+            return await self._hypervisor.guest(disk.guest_uuid)
+        except NotFound:
+            return None
+
+    async def _key(self, disk: Disk, info: ImageInfo, guest: GuestView | None) -> Passphrase | None:
+        """Return what opens an encrypted image; raises :class:`Refused` where the guest's definition does not tell."""
+        if not info.encrypted:
+            return None
+        views = () if guest is None else guest.disks
+        secret = next((view.secret for view in views if view.layers and view.top.path == disk.source), "")
+        key = await self._hypervisor.passphrase(secret)
+        if key is None:
+            hint = "libvirt must know the guest, with the secret of this disk in its <encryption>"
+            raise Refused(f"{disk.source} is encrypted, and no secret is known for it", hint=hint)
+        return key
 
     async def _differs(
-        self, disk: Disk, snapshot: Snapshot, info: ImageInfo, report: Report
+        self, disk: Disk, snapshot: Snapshot, info: ImageInfo, key: Passphrase | None, report: Report
     ) -> tuple[BlockSet, Method, str]:
         """Return the blocks in which the disk may differ from the snapshot, and how that was found."""
         head = await self._catalog.snapshot(disk.head) if disk.head else None
@@ -230,15 +248,17 @@ class Rollback:
         )
         if decision.bitmap is not None and head is not None:
             try:
-                return await self._from_bitmap(disk, head, snapshot, decision.bitmap), Method.BITMAP, ""
+                return await self._from_bitmap(disk, head, snapshot, decision.bitmap, key), Method.BITMAP, ""
             except HypervisorFailed as error:
                 reason = f"the dirty bitmap could not be exported: {error.message}"
-                return await self._compare(disk, snapshot, info, report), Method.RESCAN, reason
-        return await self._compare(disk, snapshot, info, report), Method.RESCAN, decision.reason
+                return await self._compare(disk, snapshot, info, key, report), Method.RESCAN, reason
+        return await self._compare(disk, snapshot, info, key, report), Method.RESCAN, decision.reason
 
-    async def _from_bitmap(self, disk: Disk, head: Snapshot, target: Snapshot, bitmap: str) -> BlockSet:
+    async def _from_bitmap(
+        self, disk: Disk, head: Snapshot, target: Snapshot, bitmap: str, key: Passphrase | None
+    ) -> BlockSet:  # fmt: skip
         """Return what was written since the head, what its deletion carried over, and where head and target differ."""
-        async with serve_image(disk.source, disk.format, run_dir=self._run_dir, bitmap=bitmap) as export:
+        async with serve_image(disk.source, disk.format, run_dir=self._run_dir, bitmap=bitmap, key=key) as export:
             found = await asyncio.to_thread(scan, export, self._store.block_size)
         differs = found.dirty
         if differs is None:
@@ -252,12 +272,14 @@ class Rollback:
             add_difference(differs, page, await present.view(page), await wanted.view(page))
         return differs
 
-    async def _compare(self, disk: Disk, snapshot: Snapshot, info: ImageInfo, report: Report) -> BlockSet:
+    async def _compare(
+        self, disk: Disk, snapshot: Snapshot, info: ImageInfo, key: Passphrase | None, report: Report
+    ) -> BlockSet:  # fmt: skip
         """Read the whole disk and return the blocks whose content is not the snapshot's."""
         block_size = self._store.block_size
         differs = BlockSet(-(-info.size_bytes // block_size))
         wanted = await Wanted.of(self._catalog, self._store, snapshot)
-        async with serve_image(disk.source, disk.format, run_dir=self._run_dir) as export:
+        async with serve_image(disk.source, disk.format, run_dir=self._run_dir, key=key) as export:
             found = await asyncio.to_thread(scan, export, block_size)
             # What holds no data differs where the snapshot has a block; what holds data is read and compared.
             for page in sorted(wanted.pages):
@@ -290,9 +312,9 @@ class Rollback:
     # -- the writing ------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def _open(self, disk: Disk) -> AsyncIterator[NbdWriter]:
+    async def _open(self, disk: Disk, key: Passphrase | None) -> AsyncIterator[NbdWriter]:
         """Open a disk for writing: as long as the context lasts, nobody else can."""
-        serving = serve_image(disk.source, disk.format, run_dir=self._run_dir, read_only=False)
+        serving = serve_image(disk.source, disk.format, run_dir=self._run_dir, read_only=False, key=key)
         async with serving as export, open_writer(export) as writer:
             yield writer
 
@@ -314,7 +336,9 @@ class Rollback:
         async with self._catalog.write() as tx:
             await tx.step(operation.id, Step.WRITTEN)
 
-    async def _start_bitmap(self, operation: Operation, disk: Disk, info: ImageInfo) -> str | None:
+    async def _start_bitmap(
+        self, operation: Operation, disk: Disk, info: ImageInfo, key: Passphrase | None
+    ) -> str | None:  # fmt: skip
         """Start a bitmap that records from the state rolled back to; the one before is of no use any more.
 
         Returns the bitmap's name. When the image is in use already, it has none of that name: the next capture rescans.
@@ -325,8 +349,8 @@ class Rollback:
         try:
             present = {bitmap.name for bitmap in (await images.image_info(disk.source, disk.format)).bitmaps}
             for stale in {name, disk.bitmap} & present:
-                await images.bitmap_remove(disk.source, str(stale))
-            await images.bitmap_add(disk.source, name, self._store.block_size)
+                await images.bitmap_remove(disk.source, str(stale), key=key)
+            await images.bitmap_add(disk.source, name, self._store.block_size, key=key)
         except HypervisorFailed as error:
             log.warning("disk %s: no bitmap was started after its rollback: %s", disk.source, error.message)
         return name

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from hvsnap.capture.facts import KIND, CaptureFacts
+from hvsnap.capture.facts import KIND, CaptureFacts, Mode
+from hvsnap.capture.support import ImageTraits, Way, refusal
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import CaptureRunning, ChainFull, Refused
 from hvsnap.hypervisor import images
+from hvsnap.hypervisor.images import ImageInfo
 from hvsnap.model import Disk, Operation, State
+from hvsnap.ports import Hypervisor
 from hvsnap.service.inventory import Found, Inventory
 from hvsnap.service.lanes import Lanes
 from hvsnap.service.uses import Uses
@@ -16,8 +19,17 @@ class Admission:
     """Admits disks to captures. The caller lets one request in at a time."""
 
     def __init__(
-        self, catalog: Catalog, inventory: Inventory, uses: Uses, lanes: Lanes, *, snapshots_per_disk: int, sealed: bool
+        self,
+        hypervisor: Hypervisor,
+        catalog: Catalog,
+        inventory: Inventory,
+        uses: Uses,
+        lanes: Lanes,
+        *,
+        snapshots_per_disk: int,
+        sealed: bool,
     ) -> None:
+        self._hypervisor = hypervisor
         self._catalog = catalog
         self._inventory = inventory
         self._uses = uses
@@ -29,14 +41,8 @@ class Admission:
         """Check the rules for one disk and return its row; nothing has begun when this refuses."""
         info = await images.image_info(found.view.top.path, found.view.top.format)
         where = f"disk {found.view.target} of {found.guest.name}"
-        if info.encrypted:
-            if not self._sealed:
-                hint = "its data would be stored in plain"
-                raise Refused(f"{where} is encrypted, and the store has no key", hint=hint)
-            raise Refused(
-                f"{where} is encrypted, and hvsnap cannot read its image", hint="encrypt in the guest instead"
-            )
-        disk = await self._inventory.register(found, info.size_bytes)
+        await self._check_support(found, info, where)
+        disk = await self._inventory.register(found, info.size_bytes, encrypted=info.encrypted)
         if disk.encrypted and not self._sealed:
             hint = "its data would be stored in plain: configure an encrypted store"
             raise Refused(f"{where} is marked as encrypted, and the store has no key", hint=hint)
@@ -51,6 +57,17 @@ class Admission:
         if len(nodes) >= self._snapshots_per_disk:
             raise ChainFull(f"the chain of {where} holds {len(nodes)} snapshots already")
         return disk
+
+    async def _check_support(self, found: Found, info: ImageInfo, where: str) -> None:
+        """Refuse an image that cannot be captured as its guest is now; its key must be there."""
+        guest, secret = found.guest, found.view.secret
+        image = ImageTraits(info.encrypted, await images.encrypted_below(info), secret=bool(secret))
+        mode = Mode.OFFLINE if not guest.active else Mode.FLEECE if guest.fleece else Mode.REDIRECT
+        why = refusal(where, Way(mode, bare=guest.instance is not None), image, sealed=self._sealed)
+        if why is not None:
+            raise why
+        if info.encrypted:
+            await self._hypervisor.passphrase(secret)
 
     async def _check_operation(self, operation: Operation, disk: Disk, where: str) -> None:
         """Refuse a disk that something left open by a crash still concerns."""

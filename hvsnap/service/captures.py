@@ -70,6 +70,7 @@ class Captures:
         self._clock = clock
         self._lanes = Lanes()
         self._admission = Admission(
+            hypervisor,
             catalog,
             inventory,
             uses,

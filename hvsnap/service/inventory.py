@@ -212,8 +212,11 @@ class Inventory:
         guest = found[0].guest.name if found else "the guest"
         raise DiskUnknown(f"{guest} has no disk {name[:128]}")
 
-    async def register(self, found: Found, size_bytes: int) -> Disk:
-        """Return the catalog's row of a disk, making it at the first capture; keeps names and target up to date."""
+    async def register(self, found: Found, size_bytes: int, *, encrypted: bool = False) -> Disk:
+        """Return the catalog's row of a disk, making it at the first capture; keeps names and target up to date.
+
+        A disk whose image is ``encrypted`` is marked as encrypted, for ever (SERVICE 8.1).
+        """
         guest, view = found.guest, found.view
         known = await self.known(guest, view)
         now: dict[str, Any] = {
@@ -221,6 +224,7 @@ class Inventory:
             "target": view.target,
             "format": view.top.format,
             "system": view.system,
+            **({"encrypted": True} if encrypted else {}),
         }
         async with self._catalog.write() as tx:
             if known is not None:
@@ -240,6 +244,7 @@ class Inventory:
                 size_bytes=size_bytes,
                 system=view.system,
                 created_at=self._clock.now(),
+                encrypted=encrypted,
             )
             await tx.add_disk(disk)
             await tx.emit(EventType.DISK_ATTACHED, disk_payload(disk))

@@ -76,10 +76,11 @@ class Planner:
         """Plan a run against the present, and write it into the journal."""
         guest = await self._hypervisor.guest(run.guest)
         mode = Mode.OFFLINE if not guest.active else Mode.FLEECE if guest.fleece else Mode.REDIRECT
+        secrets = {disk.target: disk.secret for disk in guest.disks}
         plans = []
         for disk_row, snapshot in zip(run.disks, run.snapshots, strict=True):
             disk = await self._catalog.disk(disk_row.id)
-            plans.append(await self._plan(disk, snapshot, mode, run, self._store.block_size))
+            plans.append(await self._plan(disk, snapshot, mode, run, secrets.get(disk.target, "")))
         facts = CaptureFacts(mode, tuple(plan.captured for plan in plans))
         async with self._catalog.write() as tx:
             for plan in plans:
@@ -101,7 +102,7 @@ class Planner:
         )
         return operation.id, Capture(self._hypervisor, self._freezer, self._catalog, recorder, self._guard, order)
 
-    async def _plan(self, disk: Disk, snapshot: Snapshot, mode: Mode, run: Run, block_size: int) -> DiskPlan:
+    async def _plan(self, disk: Disk, snapshot: Snapshot, mode: Mode, run: Run, secret: str) -> DiskPlan:
         """Decide how one disk is captured; raises :class:`ForeignJob` when somebody else is at work on it."""
         info = await images.image_info(disk.source, disk.format)
         bitmaps: Sequence[Bitmap] = info.bitmaps
@@ -117,7 +118,7 @@ class Planner:
             by_name,
             size_bytes=info.size_bytes,
             head_size_bytes=None if head is None else head.size_bytes,
-            block_size=block_size,
+            block_size=self._store.block_size,
         )
         captured = CapturedDisk(
             disk=disk.id,
@@ -129,6 +130,7 @@ class Planner:
             old=disk.bitmap if disk.bitmap in by_name else None,
             new=f"{BITMAP_PREFIX}{snapshot.id}" if info.holds_bitmaps else None,
             scratch=self._path_beside(disk, snapshot, "scratch") if mode is Mode.FLEECE else "",
+            secret=secret if info.encrypted else "",
         )
         planned = replace(
             snapshot,
@@ -138,7 +140,7 @@ class Planner:
             reason=decision.reason,
             size_bytes=info.size_bytes,
         )
-        return DiskPlan(disk, planned, captured, decision)
+        return DiskPlan(disk, planned, captured, decision, key=await self._hypervisor.passphrase(captured.secret))
 
     def _check_place(self, image: str) -> None:
         """Refuse a block device beside which nothing can lie: /dev is no place for the guest's writes. Blocking."""

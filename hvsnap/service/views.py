@@ -49,6 +49,7 @@ def snapshot(row: Snapshot, disk: Disk, progress: Progress | None = None) -> wir
         accomplished_at=when_or_none(row.accomplished_at),
         group=row.group,
         automatic=row.automatic,
+        encrypted=disk.encrypted,
         expires_at=when_or_none(row.expires_at),
         locked_until=when_or_none(row.locked_until),
         progress=percent,

@@ -66,8 +66,12 @@ def load(path: Path) -> Bytes:
 
 def converted(path: Path, image_format: str, scratch: Path) -> Bytes:
     """Return what an image holds, by qemu-img alone. Nobody may be writing to it, and its owner must have flushed."""
-    out = scratch / f"{path.name}.converted"
-    command = ["qemu-img", "convert", "-U", "-f", image_format, "-O", "raw", str(path), str(out)]
+    return read_image(["-f", image_format], str(path), scratch / f"{path.name}.converted")
+
+
+def read_image(how: list[str], image: str, out: Path) -> Bytes:
+    """Return what an image holds that is opened in a certain way (``DiskSpec.opened``)."""
+    command = ["qemu-img", "convert", "-U", *how, "-O", "raw", image, str(out)]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
     data = load(out)
     out.unlink()

@@ -21,7 +21,7 @@ import numpy as np
 from hvsnap import wire
 from hvsnap.hypervisor import domain_xml, qemu_nodes
 from tests.daemon_kit import Daemon
-from tests.e2e.oracle import Bytes, Operation, Replica, check_same, converted, load, random_operation
+from tests.e2e.oracle import Bytes, Operation, Replica, check_same, converted, load, random_operation, read_image
 from tests.guest.domain import DiskSpec, Guest
 from tests.guest.libvirtd import wait_for
 
@@ -161,7 +161,8 @@ class Rig:
     def qemu_io(self, disk: TestDisk, *commands: str) -> None:
         """Run qemu-io on the image of a guest that is off; QEMU's bitmaps see it."""
         words = [word for command in commands for word in ("-c", command)]
-        argv = ["qemu-io", "-f", disk.spec.format, "-d", "unmap", *words, str(disk.spec.path)]
+        how, image = disk.spec.opened
+        argv = ["qemu-io", *how, "-d", "unmap", *words, image]
         done = subprocess.run(argv, check=True, capture_output=True, text=True)
         if "rror" in done.stdout or "ailed" in done.stdout:
             raise RuntimeError(f"qemu-io {commands}: {done.stdout}")
@@ -204,7 +205,10 @@ class Rig:
     def present(self, disk: TestDisk) -> Bytes:
         """Return what a disk holds now, by qemu-img alone; nothing may be writing."""
         self.flush(disk)
-        return converted(disk.spec.path, disk.spec.format, self.scratch)
+        return self._read(disk)
+
+    def _read(self, disk: TestDisk) -> Bytes:
+        return read_image(*disk.spec.opened, self.scratch / f"{disk.spec.path.name}.converted")
 
     def check_disk(self, disk: TestDisk, what: str) -> None:
         """Compare a disk at rest with its replica."""
@@ -231,7 +235,7 @@ class Rig:
             gate.reached(*[made[0].id] if options.get("group") else [one.id for one in made])
             for snapshot in made:
                 disk = next(one for one in disks if one.target == snapshot.target)
-                frozen = converted(disk.spec.path, disk.spec.format, self.scratch)
+                frozen = self._read(disk)
                 check_same(frozen, before[disk.target], f"the frozen image of {disk.target}")
                 disk.replica.check(frozen, f"{snapshot.id}: disk {disk.target} at its snapshot's instant")
                 disk.states[snapshot.id] = frozen

@@ -34,10 +34,17 @@ def make_daemon(workdir: Path) -> Iterator[Callable[..., DoctoredDaemon]]:
     """Start daemons for bare guests that are gone after the test."""
     made: list[DoctoredDaemon] = []
 
-    def make(*guests: BareGuest, capture: str = QUICK, libvirt: str = "", mode: str = "fleece") -> DoctoredDaemon:
+    def make(
+        *guests: BareGuest,
+        capture: str = QUICK,
+        libvirt: str = "",
+        mode: str = "fleece",
+        more: dict[str, str] | None = None,
+    ) -> DoctoredDaemon:
         directory = workdir / f"daemon-{len(made)}"
         directory.mkdir()
         tables = {name: body for guest in guests for name, body in table(guest, capture=mode).items()}
+        tables |= more or {}
         daemon = DoctoredDaemon(directory, libvirt, "", capture=capture, **tables)
         made.append(daemon)
         return daemon.start()
@@ -53,8 +60,14 @@ def make_rig(
 ) -> MakeRig:  # fmt: skip
     """Start a guest without an operating system and a daemon; ``mode`` is how it is captured."""
 
-    def make(disks: list[BareDisk], mode: str = "fleece", capture: str = QUICK, **options: object) -> BareRig:
+    def make(
+        disks: list[BareDisk],
+        mode: str = "fleece",
+        capture: str = QUICK,
+        tables: dict[str, str] | None = None,
+        **options: object,
+    ) -> BareRig:
         guest = make_bare(disks, **options).start()
-        return BareRig(guest, make_daemon(guest, capture=capture, mode=mode), workdir)
+        return BareRig(guest, make_daemon(guest, capture=capture, mode=mode, more=tables), workdir)
 
     return make

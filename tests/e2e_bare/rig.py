@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from hvsnap import wire
 from hvsnap.hypervisor.qemu_nodes import OURS
 from tests.daemon_kit import Daemon
-from tests.e2e.oracle import Replica, converted
+from tests.e2e.oracle import Replica, read_image
 from tests.e2e.rig import DoctoredDaemon, Rig, TestDisk
 from tests.guest.bare import BareDisk, BareGuest
 from tests.guest.domain import make_image
@@ -50,7 +51,7 @@ class BareRig(Rig):
         self._patterns = 0
 
     def _test_disk(self, spec: BareDisk) -> TestDisk:
-        data = converted(spec.path, spec.format, self.scratch)
+        data = read_image(*spec.opened, self.scratch / f"{spec.path.name}.converted")
         return TestDisk(spec.id, spec, Replica(data))  # type: ignore[arg-type]
 
     def qmp(self, command: str, **arguments: object) -> Any:
@@ -66,7 +67,7 @@ class BareRig(Rig):
         """Return the files that the devices' nodes are on, or the nodes that the test itself has made."""
         made = {disk.spec.node for disk in self.disks}  # type: ignore[attr-defined]
         shown = [entry["inserted"] for entry in self.qmp("query-block") if "inserted" in entry]
-        return [str(one["node-name"] if one["node-name"] in made else one["file"]) for one in shown]
+        return [str(one["node-name"] if one["node-name"] in made else _path(one["file"])) for one in shown]
 
     def left_behind(self) -> list[str]:
         """Return what is there of captures: files beside the images; nodes, jobs and exports in QEMU."""
@@ -98,6 +99,11 @@ class BareRig(Rig):
     def our_bitmaps(self, disk: TestDisk) -> list[str]:
         """Return the bitmaps of hvsnap on a running guest's image."""
         return [name for name in self.bitmaps(disk) if name.startswith(OURS)]
+
+
+def _path(file: str) -> str:
+    """Return the file that QEMU names, which it does by all options where a plain name would not be enough."""
+    return str(json.loads(file[5:])["file"]["filename"]) if file.startswith("json:") else file
 
 
 __all__ = ["QUICK", "BareRig", "DoctoredDaemon", "a_disk", "guests", "table"]

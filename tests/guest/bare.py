@@ -38,6 +38,11 @@ class BareDisk:
     node_extra: str = ""  # more properties of the block node
     node: str = ""  # the device is put on this node, which the test makes itself
 
+    @property
+    def opened(self) -> tuple[list[str], str]:
+        """How QEMU's tools open the image: options, and its name."""
+        return ["-f", self.format], str(self.path)
+
     def arguments(self) -> list[str]:
         """Return QEMU's arguments for it."""
         if self.style == "if":

@@ -39,6 +39,11 @@ class DiskSpec:
     extra: str = ""  # more elements of <disk>, e.g. <readonly/>
     driver: str = "discard='unmap'"
 
+    @property
+    def opened(self) -> tuple[list[str], str]:
+        """How QEMU's tools open the image: options, and its name."""
+        return ["-f", self.format], str(self.path)
+
     def xml(self, number: int) -> str:
         target = f"{'vd' if self.bus == 'virtio' else 'sd'}{chr(ord('a') + number)}"
         thread = " iothread='1'" if self.iothread else ""
