@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from hvsnap import wire
 from hvsnap.api_limits import Guard
 from hvsnap.api_peers import Doorkeeper, PeerCheck
+from hvsnap.api_reading import Reading
 from hvsnap.errors import BadRequest, HvsnapError, NotFound
 from hvsnap.model import Event, Progress, State
 from hvsnap.service import views
@@ -35,7 +36,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(service: Service, doorkeeper: Doorkeeper | None = None) -> FastAPI:
+def create_app(service: Service, doorkeeper: Doorkeeper | None = None, *, read_only: bool = False) -> FastAPI:
     """Return the application; it holds nothing but the service. Without a doorkeeper whoever connects may do all."""
     wire.build()
     app = FastAPI(
@@ -59,6 +60,8 @@ def create_app(service: Service, doorkeeper: Doorkeeper | None = None) -> FastAP
     app.add_exception_handler(HvsnapError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
+    if read_only:
+        app.add_middleware(Reading)
     app.add_middleware(Guard)
     app.add_middleware(PeerCheck, doorkeeper=doorkeeper or Doorkeeper())
     return app

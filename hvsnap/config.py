@@ -161,6 +161,7 @@ class Store(_Table):
     """Where blocks and manifests are kept."""
 
     url: Annotated[str, AfterValidator(_store_url)] = "file:///var/lib/hvsnap/store"
+    read_only: bool = False
     verify_days: int = Field(default=30, ge=0, le=3650)
     verify_bytes_per_s: int = Field(default=16 * MIB, ge=0)
     s3: S3 = S3()

@@ -65,17 +65,16 @@ async def serve(settings: Settings, stop: asyncio.Event, ready: Callable[[], Non
         await house.server.start()
         await _settle_at_start(house)
         listening = await asyncio.to_thread(listen, Path(settings.socket), settings.socket_group)
-        server = HttpServer(create_app(house.service, doorkeeper), listening)
+        server = HttpServer(create_app(house.service, doorkeeper, read_only=settings.store.read_only), listening)
         loops = [
             asyncio.create_task(house.service.recovery.run(), name="recovery"),
             asyncio.create_task(house.captures.thaw_loop(), name="thaw"),
             asyncio.create_task(house.attendance.run(), name="attendance"),
             asyncio.create_task(house.hypervisor.run(), name="hypervisors"),
             asyncio.create_task(house.lease.keep(), name="lease"),
-            asyncio.create_task(house.housekeeping.run(), name="housekeeping"),
-            asyncio.create_task(house.scheduler.run(), name="scheduler"),
             asyncio.create_task(house.service.hooks.run(), name="hooks"),
             asyncio.create_task(keep_alive(), name="watchdog"),
+            *_of_a_writer(house),
             *measured,
         ]
         # Not among the loops, which end first: the broker is told of what the end brings.
@@ -92,6 +91,17 @@ async def serve(settings: Settings, stop: asyncio.Event, ready: Callable[[], Non
         finally:
             notify("STOPPING=1")
             await asyncio.shield(_end(house, server, serving, loops, mqtt))
+
+
+def _of_a_writer(house: House) -> list[asyncio.Task[None]]:
+    """Begin what keeps the store in order and makes automatic snapshots, unless the store is another host's."""
+    if house.settings.store.read_only:
+        log.info("the store %s is only read: another host writes to it", house.settings.store.url)
+        return []
+    return [
+        asyncio.create_task(house.housekeeping.run(), name="housekeeping"),
+        asyncio.create_task(house.scheduler.run(), name="scheduler"),
+    ]
 
 
 async def _measured(house: House) -> list[asyncio.Task[None]]:

@@ -59,6 +59,7 @@ from hvsnap.service.uses import Uses
 from hvsnap.store.blocks import PackedBlocks, open_store
 from hvsnap.store.lease import WriterLease
 from hvsnap.store.opening import open_key, open_objects, writer_id
+from hvsnap.store.reading import STALE, NoLease, ReadOnlyObjects
 from hvsnap.upkeep.bond import Bond
 
 CLOSE_S = 5.0
@@ -82,7 +83,7 @@ class House:
 
     settings: Settings
     catalog: Catalog
-    lease: WriterLease
+    lease: WriterLease | NoLease
     hypervisor: Fleet
     attendance: Attendance
     captures: Captures
@@ -104,20 +105,7 @@ async def assembled(settings: Settings) -> AsyncIterator[House]:
     async with contextlib.AsyncExitStack() as stack:
         catalog = await Catalog.open(Path(settings.state_dir), clock)
         stack.push_async_callback(catalog.close)
-        objects = await asyncio.to_thread(open_objects, settings.store, Path(settings.state_dir))
-        stack.callback(objects.close)
-        key = await open_key(settings.store, objects)
-        holder = await asyncio.to_thread(writer_id, Path(settings.state_dir))
-        lease = WriterLease(objects, holder, settings.host_id)
-        await lease.acquire()
-        bond = Bond(catalog, lease)
-        stack.push_async_callback(bond.release)
-        store = await open_store(
-            objects, catalog, create=await bond.is_new(), key=key, compression=settings.capture.compression
-        )
-        stack.push_async_callback(store.close)
-        await bond.check(store)
-        await objects.clean_temporaries()
+        store, lease = await _opened(stack, settings, catalog)
         private = await asyncio.to_thread(private_directory, settings.run_dir)
         attendance = Attendance(catalog)
         hypervisor = Fleet(members(settings, catalog, attendance.lifecycle, str(private)))
@@ -131,12 +119,38 @@ async def assembled(settings: Settings) -> AsyncIterator[House]:
             raise errors.exceptions[0] from errors
 
 
+async def _opened(
+    stack: contextlib.AsyncExitStack, settings: Settings, catalog: Catalog
+) -> tuple[PackedBlocks, WriterLease | NoLease]:
+    """Open the store, as its one writer unless it is another host's, and see that catalog and store belong together."""
+    objects = await asyncio.to_thread(open_objects, settings.store, Path(settings.state_dir))
+    stack.callback(objects.close)
+    key = await open_key(settings.store, objects)
+    if settings.store.read_only:
+        store = await open_store(ReadOnlyObjects(objects), catalog, create=False, key=key, hint=STALE)
+        stack.push_async_callback(store.close)
+        await Bond.check_read(catalog, store)
+        return store, NoLease()
+    holder = await asyncio.to_thread(writer_id, Path(settings.state_dir))
+    lease = WriterLease(objects, holder, settings.host_id)
+    await lease.acquire()
+    bond = Bond(catalog, lease)
+    stack.push_async_callback(bond.release)
+    store = await open_store(
+        objects, catalog, create=await bond.is_new(), key=key, compression=settings.capture.compression
+    )
+    stack.push_async_callback(store.close)
+    await bond.check(store)
+    await objects.clean_temporaries()
+    return store, lease
+
+
 async def _furnish(
     settings: Settings,
     group: asyncio.TaskGroup,
     clock: SystemClock,
     catalog: Catalog,
-    lease: WriterLease,
+    lease: WriterLease | NoLease,
     store: PackedBlocks,
     hypervisor: Fleet,
     attendance: Attendance,

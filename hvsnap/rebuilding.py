@@ -14,16 +14,24 @@ from hvsnap.config import Settings
 from hvsnap.errors import CatalogFailed, NotFound, Refused, StoreFailed
 from hvsnap.house import SystemClock
 from hvsnap.model import State
+from hvsnap.ports import ObjectStore
 from hvsnap.store.blocks import open_store
 from hvsnap.store.keyring import StoreKey, change_key
 from hvsnap.store.lease import WriterLease
 from hvsnap.store.opening import open_key, open_objects, writer_id
+from hvsnap.store.reading import ReadOnlyObjects
 from hvsnap.upkeep.bond import Bond
 from hvsnap.upkeep.rebuild import Rebuild, Rebuilt
+
+READS_MAX = 3
+"""How often a store that its writer changes meanwhile is read before what seems to be missing is believed."""
 
 
 def rebuild(settings: Settings, *, force: bool) -> wire.StoreRebuilt:
     """Make the catalog anew; ``force``: also where there is one that is not damaged.
+
+    Another host's store (``store.read_only``) has no lease taken, and of its packs only the indexes are read; ``force``
+    is not needed, since such a catalog is a copy.
 
     Raises :class:`StoreBusy` when a daemon runs, here or on another host with this store; :class:`Refused` for a
     healthy catalog, and what the store raises. Nothing is changed then; the store is only read.
@@ -33,7 +41,8 @@ def rebuild(settings: Settings, *, force: bool) -> wire.StoreRebuilt:
 
 async def _rebuild(settings: Settings, force: bool) -> wire.StoreRebuilt:
     state_dir, clock = Path(settings.state_dir), SystemClock()
-    await _may_replace(state_dir, clock, force)
+    read_only = settings.store.read_only
+    await _may_replace(state_dir, clock, force or read_only)
     async with contextlib.AsyncExitStack() as stack:
         lock = StateLock(state_dir)
         await asyncio.to_thread(lock.acquire)
@@ -41,23 +50,41 @@ async def _rebuild(settings: Settings, force: bool) -> wire.StoreRebuilt:
         objects = await asyncio.to_thread(open_objects, settings.store, state_dir)
         stack.callback(objects.close)
         key = await open_key(settings.store, objects)
-        lease = WriterLease(objects, await asyncio.to_thread(writer_id, state_dir), settings.host_id)
-        await lease.acquire()
-        stack.push_async_callback(lease.release)
-        keeping = asyncio.create_task(lease.keep(), name="lease")
-        stack.callback(keeping.cancel)
+        lease = None if read_only else await _held(stack, settings, objects)
         beside = Replacement(state_dir)
-        await asyncio.to_thread(beside.clear)
-        async with contextlib.AsyncExitStack() as inner:
-            catalog = await Catalog.open(beside.directory, clock)
-            inner.push_async_callback(catalog.close)
-            store = await open_store(objects, catalog, create=False, key=key)
-            inner.push_async_callback(store.close)
-            found = await Rebuild(catalog, store, clock).run()
-            await Bond(catalog, lease).note(store)
-            answer = await _answer(catalog, found)
+        for _ in range(READS_MAX):
+            await asyncio.to_thread(beside.clear)
+            answer = await _filled(beside, objects, key, lease)
+            if lease is not None or not (answer.damaged or answer.damaged_blocks):
+                break
         kept = await asyncio.to_thread(beside.put_in_place)
     return answer.model_copy(update={"kept": str(kept or "")})
+
+
+async def _filled(
+    beside: Replacement, objects: ObjectStore, key: StoreKey | None, lease: WriterLease | None
+) -> wire.StoreRebuilt:
+    """Fill a new catalog from the store; without a lease it is another host's."""
+    clock = SystemClock()
+    async with contextlib.AsyncExitStack() as stack:
+        catalog = await Catalog.open(beside.directory, clock)
+        stack.push_async_callback(catalog.close)
+        seen = objects if lease is not None else ReadOnlyObjects(objects)
+        store = await open_store(seen, catalog, create=False, key=key)
+        stack.push_async_callback(store.close)
+        found = await Rebuild(catalog, store, clock, thorough=lease is not None).run()
+        await (Bond.note_read(catalog, store) if lease is None else Bond(catalog, lease).note(store))
+        return await _answer(catalog, found)
+
+
+async def _held(stack: contextlib.AsyncExitStack, settings: Settings, objects: ObjectStore) -> WriterLease:
+    """Return the store's lease, kept until the stack is left."""
+    lease = WriterLease(objects, await asyncio.to_thread(writer_id, Path(settings.state_dir)), settings.host_id)
+    await lease.acquire()
+    stack.push_async_callback(lease.release)
+    keeping = asyncio.create_task(lease.keep(), name="lease")
+    stack.callback(keeping.cancel)
+    return lease
 
 
 def rekey(settings: Settings, new_key_file: str) -> None:
@@ -69,6 +96,8 @@ def rekey(settings: Settings, new_key_file: str) -> None:
 
 
 async def _rekey(settings: Settings, new_key_file: str) -> None:
+    if settings.store.read_only:
+        raise Refused("the store is another host's, and only read here", hint="change its key there")
     if not settings.store.encryption.key_file:
         hint = "the present key is what store.encryption.key_file names; a plain store cannot be encrypted in place"
         raise Refused("no key is configured", hint=hint)

@@ -50,19 +50,21 @@ async def open_store(
     block_size: int = BLOCK_SIZE_DEFAULT,
     compression: str = "",
     threads: int | None = None,
+    hint: str = "",
 ) -> PackedBlocks:
     """Open the repository in ``objects``, or create it if there is none and ``create`` allows it.
 
     ``block_size`` is for a new repository: an existing one keeps its own. ``compression`` (``zstd:LEVEL``) is for the
     blocks stored from now on; empty is the repository's default. ``threads`` hash and compress, by default one
     for each processor. With a ``key`` a new repository is encrypted; an existing one must be, and opens with just that.
+    ``hint`` is the next step where a block cannot be read.
 
     Raises :class:`StoreFailed` if there is none, :class:`Refused` for a wrong or missing key, :class:`Damaged`,
     :class:`FormatUnknown`, :class:`BadRequest`.
     """
     repository = await _repository(objects, create, key, block_size, compression or COMPRESSION_DEFAULT)
     level = compression_level(compression or repository.compression)
-    return PackedBlocks(objects, index, repository, level, threads, await index.next_block_id())
+    return PackedBlocks(objects, index, repository, level, threads, await index.next_block_id(), hint)
 
 
 async def _repository(
@@ -99,6 +101,7 @@ class PackedBlocks:
         level: int,
         threads: int | None,
         next_block_id: int,
+        hint: str = "",
     ) -> None:
         self.repository = repository
         self._index = index
@@ -109,7 +112,7 @@ class PackedBlocks:
         self.images = ImageObjects(objects, repository)
         self.packs = Packs(objects, repository)
         self.rewriting = Rewriting(objects, repository, codec, self._workers, self.packs)
-        self._fetcher = Fetcher(objects, index, codec, self._workers, repository.block_size)
+        self._fetcher = Fetcher(objects, index, codec, self._workers, repository.block_size, hint)
 
     @property
     def block_size(self) -> int:

@@ -86,8 +86,9 @@ class Fetcher:
     """Reads blocks by their ids."""
 
     def __init__(
-        self, objects: ObjectStore, index: BlockIndex, codec: Codec, workers: Workers, block_size: int
+        self, objects: ObjectStore, index: BlockIndex, codec: Codec, workers: Workers, block_size: int, hint: str = ""
     ) -> None:
+        self._hint = hint
         self._objects = objects
         self._index = index
         self._codec = codec
@@ -121,11 +122,11 @@ class Fetcher:
         try:
             data = memoryview(await self._range(read))
             blocks = await self._workers.run(self._codec.restore, data, read.start, read.places)
-        except Damaged:
+        except Damaged as error:
             # Unless a sweep has rewritten the pack since we looked: then they are whole, and elsewhere.
             now = await self._index.places([place.id for place in read.places])
             if now == read.places or moves == MOVES_MAX:
-                raise
+                raise Damaged(error.message, hint=self._hint or error.hint) from error
             wanted = [(position, place) for place, many in zip(now, read.positions, strict=True) for position in many]
             again = [await self._fetch(one, moves + 1) for one in plan_reads(wanted, self._block_size)]
             return [item for items in again for item in items]

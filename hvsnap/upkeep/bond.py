@@ -49,6 +49,18 @@ class Bond:
                 raise StoreFailed("the store is older than the catalog: an old copy was put back", hint=WAY_OUT)
         await self.note(store)
 
+    @staticmethod
+    async def check_read(catalog: Catalog, store: PackedBlocks) -> None:
+        """Return if the catalog was made of this store, which another host writes to. Raises :class:`CatalogFailed`."""
+        if await catalog.upkeep.text(REPOSITORY) != store.repository.id.hex():
+            hint = "run `hvsnap store-rebuild` first: it reads what there is, and changes nothing of the store"
+            raise CatalogFailed("the catalog was not made of this store, which is another host's", hint=hint)
+
+    @staticmethod
+    async def note_read(catalog: Catalog, store: PackedBlocks) -> None:
+        """Note in the catalog that it was made of a store that another host writes to."""
+        await catalog.upkeep.set_text(REPOSITORY, store.repository.id.hex())
+
     async def note(self, store: PackedBlocks) -> None:
         """Note in the catalog that it belongs to this store as it is now."""
         await self._catalog.upkeep.set_text(REPOSITORY, store.repository.id.hex())

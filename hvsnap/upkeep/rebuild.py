@@ -60,9 +60,14 @@ class _Found:
 
 
 class Rebuild:
-    """Fills an empty catalog from a store. Used once."""
+    """Fills an empty catalog from a store. Used once.
 
-    def __init__(self, catalog: Catalog, store: PackedBlocks, clock: Clock) -> None:
+    ``thorough``: every block is read. Else, of a store that is only read, those alone that several packs list: which of
+    them has it is not told by an index. All others are verified as they are restored, and nothing else uses them.
+    """
+
+    def __init__(self, catalog: Catalog, store: PackedBlocks, clock: Clock, *, thorough: bool = True) -> None:
+        self._thorough = thorough
         self._catalog = catalog
         self._store = store
         self._clock = clock
@@ -150,9 +155,12 @@ class Rebuild:
     async def _enter_pack(self, item: ObjectInfo, index: EntryArray) -> bool:
         """Enter what is needed of a pack; return whether all of that is whole. A whole copy wins over a damaged one."""
         listed = {place.digest: place for place in self._places(item.name, index)}
-        bad = await self._store.rewriting.check(item.name, list(listed.values()))
+        if not self._thorough:
+            await self._doubt(list(listed))
         known = await self._catalog.find(list(listed))
         hurt = await self._catalog.damaged(list(listed))
+        checked = [place for digest, place in listed.items() if self._thorough or digest in hurt]
+        bad = await self._store.rewriting.check(item.name, checked)
         entered: list[BlockPlace] = []
         damaged: dict[int, str] = {}
         for digest, place in listed.items():
@@ -164,7 +172,17 @@ class Rebuild:
         if entered:
             await self._catalog.add_pack(item.name, item.size_bytes, entered)
             await self._catalog.upkeep.mark_damaged(damaged, self._clock.now())
-        return not bad
+        return self._thorough and not bad
+
+    async def _doubt(self, digests: list[bytes]) -> None:
+        """Verify those of the blocks that an earlier pack listed, too."""
+        known = await self._catalog.find(digests)
+        packs: dict[str, list[BlockPlace]] = {}
+        for place in await self._catalog.places(list(known.values())):
+            packs.setdefault(place.pack, []).append(place)
+        for pack, places in packs.items():
+            bad = await self._store.rewriting.check(pack, places)
+            await self._catalog.upkeep.mark_damaged(bad, self._clock.now())
 
     def _places(self, pack: str, index: EntryArray) -> list[BlockPlace]:
         """Return the entries of an index as places with new ids."""

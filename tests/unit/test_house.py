@@ -98,6 +98,7 @@ def test_every_key_of_the_configuration_is_documented_with_its_default_and_none_
     told = {cells[0].strip("`"): cells[1].strip("`") for cells in table_rows(DOCS / "configuration.md")}
     known = {key: default_of(key) for key in list(config.keys())}
     shown = {key: f'"{value}"' if isinstance(value, str) else str(value) for key, value in known.items()}
+    shown |= {key: str(value).lower() for key, value in known.items() if isinstance(value, bool)}
     for plain in ("the host's name", "(must be given)"):
         shown = {key: value.strip('"') if value.strip('"') == plain else value for key, value in shown.items()}
     assert told == shown

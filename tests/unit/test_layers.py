@@ -77,6 +77,7 @@ ROOMS = {
     "api": Layer.ENTRANCE,
     "api_limits": Layer.ENTRANCE,
     "api_peers": Layer.ENTRANCE,
+    "api_reading": Layer.ENTRANCE,
     "server": Layer.ENTRANCE,
     "systemd": Layer.ENTRANCE,
     "daemon": Layer.DAEMON,
