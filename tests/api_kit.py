@@ -137,6 +137,7 @@ class FakeDevices:
     def __init__(self) -> None:
         self.hypervisor: FakeHypervisor | None = None
         self.error: HvsnapError | None = None
+        self.silent = False
 
     def _guest(self, uuid: GuestUuid) -> GuestView:
         assert self.hypervisor is not None
@@ -155,6 +156,8 @@ class FakeDevices:
         self.hypervisor.shown[uuid] = replace(guest, disks=(*guest.disks, view))
 
     async def attached(self, uuid: GuestUuid, target: str, path: str) -> bool:
+        if self.silent and self.error is not None:
+            raise self.error
         return any((view.target, view.top.path) == (target, path) for view in self._guest(uuid).disks)
 
 

@@ -20,7 +20,7 @@ from hvsnap.errors import Failed, HvsnapError
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What `disk-rollback` was told, as typed."""
+    """What `disk-rollback` was told, as typed; of a `disk-reinit` no snapshot."""
 
     disk: str
     snapshot: str
@@ -30,11 +30,32 @@ class Wanted:
     dry_run: bool
 
 
-def create(session: Session, snapshot: str, target: str, image_format: str, *, detach: bool) -> int:
-    """Make a disk; return the exit status. ``target`` may be relative to where the command runs."""
+@dataclass(frozen=True, slots=True)
+class NewDisk:
+    """What `disk-create` was told, as typed; ``attach`` is a guest and a target, or two empty words."""
+
+    snapshot: str
+    target: str
+    format: str
+    pool: str
+    attach: tuple[str, str]
+    force: bool
+
+
+def create(session: Session, wanted: NewDisk, *, detach: bool) -> int:
+    """Make a disk; return the exit status. Its target may be relative to where the command runs."""
     # The daemon has a working directory of its own. An empty target stays one, for the daemon to refuse.
-    path = os.path.abspath(target) if target else target
-    request = body(wire.DiskCreate, snapshot=snapshot, path=path, format=image_format)
+    path = os.path.abspath(wanted.target) if wanted.target and not wanted.pool else wanted.target
+    guest, target = wanted.attach
+    request = body(
+        wire.DiskCreate,
+        snapshot=wanted.snapshot,
+        path=path,
+        format=wanted.format,
+        pool=wanted.pool,
+        force=wanted.force,
+        attach={"guest": guest, "target": target} if guest or target else None,
+    )
     with session.client() as client:
         task = client.post("/disks", wire.Task, request)
         if detach:
@@ -53,8 +74,20 @@ def rollback(session: Session, wanted: Wanted, *, detach: bool) -> int:
         safety_snapshot=wanted.safety,
         dry_run=wanted.dry_run,
     )
+    return _set_back(session, wanted, "rollback", request, detach=detach)
+
+
+def reinitialise(session: Session, wanted: Wanted, *, detach: bool) -> int:
+    """Bring a disk back to its origin, or tell what that would do; return the exit status."""
+    request = body(
+        wire.Reinit, stop=wanted.stop, start=wanted.start, safety_snapshot=wanted.safety, dry_run=wanted.dry_run
+    )
+    return _set_back(session, wanted, "reinit", request, detach=detach)
+
+
+def _set_back(session: Session, wanted: Wanted, call: str, request: BaseModel, *, detach: bool) -> int:
     with session.client() as client:
-        answer = client.post(place("disks", wanted.disk, "rollback"), wire.RollbackAnswer, request)
+        answer = client.post(place("disks", wanted.disk, call), wire.RollbackAnswer, request)
         if answer.task is None:
             session.answer(answer, render.plan(answer.plan))
             return 0
@@ -65,7 +98,24 @@ def rollback(session: Session, wanted: Wanted, *, detach: bool) -> int:
         def told(ended: wire.Task) -> BaseModel:
             return wire.RollbackAnswer(plan=answer.plan, task=ended)
 
-        return _finish(session, client, answer.task, "disk-rollback", told)
+        return _finish(session, client, answer.task, f"disk-{call}", told)
+
+
+def edit(session: Session, disk: str, delete_auto_with_disk: bool | None, encrypted: bool | None) -> None:
+    """Change what holds for a disk, and show it."""
+    given = {"delete_auto_with_disk": delete_auto_with_disk, "encrypted": encrypted}
+    request = body(wire.DiskEdit, **{key: value for key, value in given.items() if value is not None})
+    with session.client() as client:
+        answer = client.post(place("disks", disk, "edit"), wire.Disk, request)
+    session.answer(answer, answer.id if session.quiet else render.disk(answer))
+
+
+def release(session: Session, disk: str, *, dry_run: bool) -> None:
+    """Forget a disk, or tell what would go with it."""
+    request = body(wire.DiskRelease, dry_run=dry_run)
+    with session.client() as client:
+        answer = client.post(place("disks", disk, "release"), wire.DiskReleased, request)
+    session.answer(answer, answer.disk.id if session.quiet else render.released(answer))
 
 
 def _finish(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
@@ -34,13 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class ImageFormat(StrEnum):
-    """Formats of disks that can be made."""
-
-    QCOW2 = "qcow2"
-    RAW = "raw"
 
 
 def flag(*names: str, **settings: Any) -> Any:
@@ -113,6 +105,7 @@ def command(name: str, panel: str, *, example: str) -> Callable[[Work], Work]:
 def root() -> typer.core.TyperGroup:
     """Return all commands as one, as typer parses it."""
     from hvsnap.cli import (  # noqa: F401 - they register their commands
+        grammar_disks,
         grammar_host,
         grammar_images,
         grammar_policies,
@@ -292,52 +285,6 @@ def chain_info(session: Session, disk: Disk) -> None:
     from hvsnap.cli import looking
 
     looking.chain(session, disk)
-
-
-# -- disks ----------------------------------------------------------------------------------------
-
-
-@command("disk-create", DISKS, example="hvsnap disk-create s-mfrggzdfmztw /var/lib/libvirt/images/old.qcow2")
-def disk_create(
-    session: Session,
-    snapshot: Snapshot,
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="The new file; it must not exist.")],
-    image_format: Annotated[ImageFormat, typer.Option("--format", help="Of the new image.")] = ImageFormat.QCOW2,
-    detach: Detach = False,
-) -> int:
-    """Make a new disk image of a snapshot.
-
-    The exit status says whether it was made. An existing file is never overwritten.
-    """
-    from hvsnap.cli import disks
-
-    return disks.create(session, snapshot, target, image_format.value, detach=detach)
-
-
-@command("disk-rollback", DISKS, example="hvsnap disk-rollback web01/vda s-mfrggzdfmztw --stop --start")
-def disk_rollback(
-    session: Session,
-    disk: Disk,
-    snapshot: Annotated[
-        str, typer.Argument(metavar="SNAPSHOT", help="Its id.", autocompletion=words.snapshots_of_disk)
-    ],
-    stop: Annotated[bool, flag("--stop", help="Shut the guest down gracefully first.")] = False,
-    start: Annotated[bool, flag("--start", help="Start the guest afterwards.")] = False,
-    no_safety_snapshot: Annotated[
-        bool, flag("--no-safety-snapshot", help="Do not make a snapshot of the present state first.")
-    ] = False,
-    dry_run: Annotated[bool, flag("--dry-run", help="Only tell what would be done.")] = False,
-    detach: Detach = False,
-) -> int:
-    """Set a disk back to one of its snapshots.
-
-    What was written since is lost, but for the safety snapshot. The guest must be off. Only the blocks that differ
-    are written.
-    """
-    from hvsnap.cli import disks
-
-    wanted = disks.Wanted(disk, snapshot, stop=stop, start=start, safety=not no_safety_snapshot, dry_run=dry_run)
-    return disks.rollback(session, wanted, detach=detach)
 
 
 # -- the daemon and the host ----------------------------------------------------------------------

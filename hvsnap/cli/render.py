@@ -297,16 +297,43 @@ def done(task: wire.Task, *, quiet: bool) -> str:
     if isinstance(result, wire.DiskCreated):
         if quiet:
             return safe(result.path)
-        what = f"{result.format} of {size(result.size_bytes)} made of {result.snapshot}"
-        return f"{safe(result.path)}  {what}, {size(result.written_bytes)} written"
-    if isinstance(result, wire.RolledBack):
+        words = [f"{result.format} of {size(result.size_bytes)} made of {result.made_of}"]
+        words += [f"{size(result.written_bytes)} written"]
+        words += [f"attached as {safe(result.attached)}"] if result.attached else []
+        return f"{safe(result.path)}  {', '.join(words)}"
+    if isinstance(result, wire.SetBack):
         if quiet:
             return result.safety_snapshot or ""
         saved = f"the state before it is {result.safety_snapshot}" if result.safety_snapshot else "no safety snapshot"
-        words = [f"set back to {result.snapshot}", f"{size(result.written_bytes)} written", saved]
+        to = result.origin if isinstance(result, wire.Reinitialised) else result.snapshot
+        words = [f"set back to {to}", f"{size(result.written_bytes)} written", saved]
         words += ["guest started"] * result.started
         return "\n".join([f"{result.disk}  {', '.join(words)}", *(f"note: {one_line(note)}" for note in result.notes)])
     return task.id
+
+
+def disk(d: wire.Disk) -> str:
+    """Return what holds for a disk."""
+    pairs = [
+        ("Disk", f"{d.id} ({safe(d.guest)}/{safe(d.target)})"),
+        ("Path", safe(d.path)),
+        ("Made of", d.origin or ""),
+        ("Policy", safe(d.policy or "")),
+        ("Encrypted", "yes: it is never stored in plain" if d.encrypted else "no"),
+        ("Release", f"its automatic snapshots {'go with it' if d.delete_auto_with_disk else 'stay until they expire'}"),
+        ("Gone", "" if d.gone_since is None else f"since {when(d.gone_since)}"),
+    ]
+    return fields([pair for pair in pairs if pair[1]])
+
+
+def released(r: wire.DiskReleased) -> str:
+    """Return what a release has done, or would do."""
+    verb, gone = ("would be released", "would go") if r.dry_run else ("is released", "are deleted")
+    where = f"{r.disk.id} ({safe(r.disk.guest)}/{safe(r.disk.target)})"
+    lines = [f"{where} {verb}; snapshots that stay: {r.kept}"]
+    if r.deleted:
+        lines.append(f"automatic snapshots that {gone} with it: {', '.join(r.deleted)}; {size(r.freed_bytes)} freed")
+    return "\n".join(lines)
 
 
 def status(s: wire.Status) -> str:

@@ -148,6 +148,11 @@ def snapshots(ctx: typer.Context, incomplete: str) -> Words:
     return _snapshots(ctx, incomplete, disk="")
 
 
+def sources(ctx: typer.Context, incomplete: str) -> Words:
+    """Return what a disk can be made of: images and the newest snapshots."""
+    return images(ctx, incomplete) + snapshots(ctx, incomplete)
+
+
 def snapshots_of_disk(ctx: typer.Context, incomplete: str) -> Words:
     """Return the ids of the newest snapshots of the disk that was typed before."""
     return _snapshots(ctx, incomplete, disk=str(ctx.params.get("disk") or ""))

@@ -108,7 +108,9 @@ class Attaching:
                 if error is not None:
                     await self._tell_failure(operation, error)
                     hint = "it is whole: attach it with `virsh attach-disk`, or remove it"
-                    why = f"{operation.facts['path']} was made, but is not attached to {operation.facts['target']}"
+                    why = (
+                        f"{operation.facts['path']} was made, but could not be attached as {operation.facts['target']}"
+                    )
                     raise Failed(f"{why}: {error.message}", hint=hint)
                 return await self._register(operation)
         finally:

@@ -32,7 +32,8 @@ def test_every_command_is_shown_with_an_example_and_all_its_options(name: str) -
 def test_no_other_command_or_option_is_spoken_of() -> None:
     assert set(re.findall(r"^\$ hvsnap ([a-z][a-z-]+)", PAGE, re.MULTILINE)) == set(grammar.names())
     groups = [grammar.root(), *grammar.root().commands.values()]
-    known = {option for group in groups for parameter in group.params for option in parameter.opts}
+    parameters = [parameter for group in groups for parameter in group.params]
+    known = {option for one in parameters for option in (*one.opts, *one.secondary_opts)}
     told = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", PAGE))
     assert told - known - {"--help", "--unix-socket"} == set()
     assert told >= COMPLETION
