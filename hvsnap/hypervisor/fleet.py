@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from hvsnap.errors import GuestUnknown, HvsnapError, HypervisorUnreachable
+from hvsnap.errors import GuestUnknown, HvsnapError, HypervisorFailed, HypervisorUnreachable
 from hvsnap.model import Bitmap, GuestUuid, GuestView, Traits
 from hvsnap.ports import Census, Fleecer, Hypervisor, JobView
 from hvsnap.secret import Passphrase
