@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from hvsnap.config import Settings
 from tests.conftest import short_directory
 from tests.daemon_kit import Daemon
 from tests.guest.domain import DiskSpec, Guest
@@ -20,6 +21,8 @@ from tests.guest.libvirtd import Libvirtd
 
 HVSNAP = str(Path(sys.executable).parent / "hvsnap")
 COMMAND_TIMEOUT_S = 600
+BUDGET_PCT = Settings().capture.impact_budget_pct
+"""As users have it, where the tests' daemons have none."""
 
 
 @dataclass
@@ -55,7 +58,8 @@ def stage(image: Path) -> Iterator[Stage]:
         guest = Guest(libvirtd, directory, "bench", [DiskSpec(disk)], build_guest()).define().start()
         stack.callback(guest.destroy)
         # Snapshots are taken one after another here, for as long as something is measured.
-        daemon = Daemon(directory, libvirtd.uri, limits="snapshots_per_disk = 1000").start()
+        tables = {"limits": "snapshots_per_disk = 1000", "capture": f"impact_budget_pct = {BUDGET_PCT}"}
+        daemon = Daemon(directory, libvirtd.uri, **tables).start()
         stack.callback(daemon.stop)
         settle_disk()
         yield Stage(directory, libvirtd, guest, daemon, disk)

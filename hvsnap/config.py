@@ -79,6 +79,14 @@ def _mqtt_url(url: str) -> str:
     return url
 
 
+def _rate(bytes_s: int) -> int:
+    if 0 < bytes_s < MIB:
+        raise ValueError(
+            "expected 0 for no limit, or at least 1048576 bytes a second: slower, no capture would ever end"
+        )
+    return bytes_s
+
+
 def _compression(text: str) -> str:
     match = re.fullmatch(r"zstd:(\d{1,2})", text)
     if match is None or not 1 <= int(match[1]) <= 19:
@@ -140,6 +148,8 @@ class Capture(_Table):
     space_reserve_bytes: int = Field(default=256 * MIB, ge=0)
     freeze_timeout_s: float = Field(default=5.0, gt=0, le=9.0, strict=False)
     compression: Annotated[str, AfterValidator(_compression)] = "zstd:1"
+    impact_budget_pct: float = Field(default=10.0, ge=0.0, le=1000.0, strict=False)
+    rate_max_bytes_s: Annotated[int, AfterValidator(_rate)] = Field(default=0, ge=0)
 
 
 class S3(_Table):

@@ -291,6 +291,8 @@ def _capture_settings(settings: Settings, private: str) -> CaptureSettings:
         snapshots_per_disk=settings.limits.snapshots_per_disk,
         freeze_timeout_s=capture.freeze_timeout_s,
         space=SpaceLimits(capture.space_reserve_bytes, capture.overlay_limit_bytes),
+        impact_budget_pct=capture.impact_budget_pct,
+        rate_max_bytes_s=capture.rate_max_bytes_s,
     )
 
 

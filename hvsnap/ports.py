@@ -5,7 +5,7 @@ No protocol here knows libvirt, SQLite, a file system or MQTT; those live in the
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvsnap.errors import HvsnapError
-from hvsnap.model import Bitmap, BlockPlace, DiskView, Event, GuestUuid, GuestView, Progress, SnapshotId
+from hvsnap.model import Bitmap, BlockPlace, DiskActivity, Event, GuestUuid, GuestView, Progress, SnapshotId
 from hvsnap.secret import Passphrase
 
 UInt64Array = npt.NDArray[np.uint64]
@@ -305,6 +305,10 @@ class Hypervisor(Protocol):
         """Return the bitmaps of the running guest's active image."""
         ...
 
+    async def activity(self, uuid: GuestUuid, targets: Sequence[str]) -> dict[str, DiskActivity]:
+        """Return what the running guest has asked of these disks so far; asked for again and again, so it is cheap."""
+        ...
+
     async def definition(self, uuid: GuestUuid) -> str:
         """Return what the guest would be started from next (libvirt: its XML), without secrets."""
         ...
@@ -391,7 +395,3 @@ class Publisher(Protocol):
     def progress(self, progress: Progress) -> None:
         """Announce progress; it is never stored."""
         ...
-
-
-ProgressCallback = Callable[[Progress], None]
-DiskSource = tuple[GuestView, DiskView]

@@ -170,6 +170,17 @@ class GuestList(Answer):
 # -- snapshots ------------------------------------------------------------------------------------
 
 
+class Impact(Answer):
+    """What a guest felt of a capture: its requests to the disk at rest before it, and while it was held and read."""
+
+    rest_iops: float = Field(description="reads and writes a second")
+    rest_write_us: float | None = Field(description="mean latency of its writes; null: there were none")
+    held_iops: float
+    held_write_us: float | None
+    slowdown: float = Field(description="how many times as long its requests took as the same ones take at rest")
+    rate_low_bytes_s: int | None = Field(description="what the reader was slowed down to for it; null: never")
+
+
 class Snapshot(Answer):
     """One node of a chain, in any of its states."""
 
@@ -199,6 +210,7 @@ class Snapshot(Answer):
     encrypted: bool = Field(description="its disk is encrypted: it is kept in encrypted stores only")
     expires_at: AwareDatetime | None = Field(description="null: not by time")
     locked_until: AwareDatetime | None
+    impact: Impact | None = Field(description="null: not measured, since the guest was off or did too little to tell")
     progress: int = Field(ge=0, le=100, description="percent")
     done_bytes: int | None = Field(description="what is read of total_bytes; null unless it is being read")
     total_bytes: int | None = Field(description="what is to be read")

@@ -12,6 +12,7 @@ from hvsnap.errors import GuestUnknown, HvsnapError, HypervisorFailed, Hyperviso
 from hvsnap.model import (
     Bitmap,
     Disk,
+    DiskActivity,
     DiskId,
     DiskView,
     Event,
@@ -87,6 +88,9 @@ class FakeHypervisor:
 
     async def bitmaps(self, uuid: GuestUuid, target: str) -> list[Bitmap]:
         return self.bitmaps_of.get((uuid, target), [])
+
+    async def activity(self, uuid: GuestUuid, targets: Sequence[str]) -> dict[str, DiskActivity]:
+        return {target: DiskActivity() for target in targets}
 
     async def bitmap_add(self, uuid: GuestUuid, names: Mapping[str, str], granularity: int) -> None:
         raise NotImplementedError

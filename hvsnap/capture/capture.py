@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from hvsnap.capture.facts import Mode, Step
 from hvsnap.capture.fleece import Fleece
 from hvsnap.capture.freeze import Freezer
+from hvsnap.capture.impact import Watch
 from hvsnap.capture.pipeline import Totals
 from hvsnap.capture.pivot import create_overlay
 from hvsnap.capture.record import DiskPlan, Recorder
-from hvsnap.capture.space import SpaceLimits, check, watch
+from hvsnap.capture.space import SpaceLimits, check, room, watch
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import AgentMissing, AgentUnavailable, HypervisorFailed
 from hvsnap.guard import OVERLAY, Bar, StartGuard
@@ -52,6 +53,7 @@ class Capture:
         recorder: Recorder,
         guard: StartGuard,
         order: CaptureOrder,
+        watch: Watch,
     ) -> None:
         self._hypervisor = hypervisor
         self._freezer = freezer
@@ -59,6 +61,7 @@ class Capture:
         self._recorder = recorder
         self._guard = guard
         self._order = order
+        self._watch = watch
         self._plans: Sequence[DiskPlan] = order.disks
         self._fleece: Fleece | None = None
         images_beside = (plan.captured.overlay or plan.captured.scratch for plan in order.disks)
@@ -67,10 +70,13 @@ class Capture:
     async def run(self) -> None:
         """Take the snapshots: accomplished when this returns. The guest is not yet back on its images."""
         definition = await self._hypervisor.definition(self._order.guest)
-        async with self._instant() as (consistency, note), self._watching_space():
+        await self._watch.rest()
+        async with self._instant() as (consistency, note), self._watching_space(), self._governing():
             with contextlib.nullcontext() if self._fleece is None else self._fleece.explaining():
                 done: list[tuple[DiskPlan, Totals]] = [await self._recorder.record(plan) for plan in self._plans]
-        await self._recorder.accomplish(self._order.operation, done, consistency, note, definition)
+        targets = [plan.captured.target for plan in self._plans]
+        felt = {target: impact for target in targets if (impact := self._watch.impact(target)) is not None}
+        await self._recorder.accomplish(self._order.operation, done, consistency, note, definition, felt)
 
     # -- holding the instant ----------------------------------------------------------------------
 
@@ -198,6 +204,14 @@ class Capture:
     async def _step(self, step: Step, **facts: bool) -> None:
         async with self._catalog.write() as tx:
             await tx.step(self._order.operation, step, **facts)
+
+    @contextlib.asynccontextmanager
+    async def _governing(self) -> AsyncIterator[None]:
+        """Spare the guest while it is read, until half of the space for its writes is used."""
+        beside, limits = self._beside, self._order.space
+        room_at_first = await asyncio.to_thread(room, beside, limits) if beside else 0
+        async with self._watch.governing(lambda: bool(beside) and room(beside, limits) < room_at_first / 2):
+            yield
 
     @contextlib.asynccontextmanager
     async def _watching_space(self) -> AsyncIterator[None]:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvsnap.capture.plan import Group, Selection, groups
-from hvsnap.capture.reader import ChunkStream, read_chunks
+from hvsnap.capture.reader import ChunkStream, Pace, read_chunks
 from hvsnap.model import Progress, SnapshotId
 from hvsnap.ports import BlockStore, NbdExport, UInt64Array
 
@@ -109,11 +109,12 @@ class Pipeline:
     """One disk's way into the store. :meth:`run` returns when every page is staged (not yet durable blocks)."""
 
     def __init__(self, snapshot: SnapshotId, store: BlockStore, stage: PageStage,
-                 report: Callable[[Progress], None]) -> None:  # fmt: skip
+                 report: Callable[[Progress], None], pace: Pace | None = None) -> None:  # fmt: skip
         self._snapshot = snapshot
         self._store = store
         self._stage = stage
         self._report = report
+        self._pace = pace
         self._open: dict[int, _OpenPage] = {}
         self._finished: list[StagedPage] = []
         self.totals = Totals()
@@ -123,7 +124,8 @@ class Pipeline:
         block_size = self._store.block_size
         meter = Meter(self._snapshot, selection.read_blocks() * block_size, self._report)
         idle: list[int] = []
-        async with read_chunks(export, size_bytes, block_size, self._walk(selection, idle)) as stream:
+        reading = read_chunks(export, size_bytes, block_size, self._walk(selection, idle), self._pace)
+        async with reading as stream:
             try:
                 async with asyncio.TaskGroup() as workers:
                     for number in range(WORKERS):

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import queue
 import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import nbd
 import numpy as np
@@ -30,6 +31,9 @@ REQUEST_BYTES = 256 * 1024
 BUFFERS = 10
 """Buffers of a group each: 40 MiB, whatever the disk's size and the block's. Four are being filled, four are with the
 store's workers, two are on their way."""
+
+NICE = 10
+"""Niceness of threads that read for a capture: the daemon's own loop, and guests in its control group, come first."""
 
 STATUS_BYTES_MAX = 1 << 30
 """Bytes that one block-status request asks about: NBD's field has 32 bits, and a reply's extents take memory."""
@@ -154,13 +158,30 @@ class Chunk:
         self._pool.put(self._buffer)
 
 
+class Pace(Protocol):
+    """What readers ask before each group: :class:`hvsnap.capture.throttle.Throttle`, seen from here."""
+
+    def wait(self, length: int, stop: threading.Event) -> bool:
+        """Return once ``length`` bytes may be read. False: not any more, ``stop`` was set. Blocking."""
+        ...
+
+
 class ChunkStream:
     """Chunks of a frozen disk, read ahead by several connections; several tasks may :meth:`get` from it.
 
     Memory is the pool's: a reader waits until a consumer releases a chunk.
     """
 
-    def __init__(self, export: NbdExport, size_bytes: int, block_size: int, work: Iterator[Group]) -> None:
+    def __init__(
+        self,
+        export: NbdExport,
+        size_bytes: int,
+        block_size: int,
+        work: Iterator[Group],
+        pace: Pace | None = None,
+    ) -> None:
+        """``pace`` lets a running guest go first; None: nobody is to be spared."""
+        self._pace = pace
         self._export = export
         self._size_bytes = size_bytes
         self._block_size = block_size
@@ -213,6 +234,8 @@ class ChunkStream:
 
     def _read_all(self) -> None:
         try:
+            if self._pace is not None:
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)  # Linux: of this thread alone
             with connected(self._export, []) as handle:
                 while (taken := self._take()) is not None:
                     self._deliver(self._read(handle, *taken))
@@ -236,6 +259,8 @@ class ChunkStream:
             group = next(self._work, None)
         if group is None:
             self._pool.put(buffer)
+            return None
+        if self._pace is not None and not self._pace.wait(group.index.size * self._block_size, self._stop):
             return None
         return group, buffer
 
@@ -274,10 +299,10 @@ def _complete(handle: Any, cookies: list[int]) -> None:
 
 @contextlib.asynccontextmanager
 async def read_chunks(
-    export: NbdExport, size_bytes: int, block_size: int, work: Iterator[Group]
+    export: NbdExport, size_bytes: int, block_size: int, work: Iterator[Group], pace: Pace | None = None
 ) -> AsyncIterator[ChunkStream]:
     """Read groups of blocks ahead for as long as the context lasts; no thread is left afterwards."""
-    stream = ChunkStream(export, size_bytes, block_size, work)
+    stream = ChunkStream(export, size_bytes, block_size, work, pace)
     stream.start()
     try:
         yield stream

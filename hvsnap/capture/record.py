@@ -7,7 +7,7 @@ leaves garbage in the store, never a snapshot with a hole.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 
@@ -18,14 +18,14 @@ from hvsnap.capture.facts import CapturedDisk, Step
 from hvsnap.capture.giveback import give_back
 from hvsnap.capture.pipeline import Pipeline, StagedPage, Totals
 from hvsnap.capture.plan import Decision, Selection
-from hvsnap.capture.reader import DiskMap, scan
+from hvsnap.capture.reader import DiskMap, Pace, scan
 from hvsnap.catalog import chain
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.catalog.chain import IndexArray, Page
 from hvsnap.errors import HypervisorFailed
 from hvsnap.happenings import EventType, snapshot_payload
 from hvsnap.hypervisor.nbd_server import serve_image
-from hvsnap.model import Consistency, Disk, Kind, Method, OperationId, Progress, Snapshot, State
+from hvsnap.model import Consistency, Disk, Impact, Kind, Method, OperationId, Progress, Snapshot, State
 from hvsnap.ports import Clock, NbdExport, UInt64Array
 from hvsnap.secret import Passphrase
 from hvsnap.store.blocks import PackedBlocks
@@ -85,7 +85,13 @@ class Recorder:
     """Puts the frozen disks of one capture into the store."""
 
     def __init__(
-        self, catalog: Catalog, store: PackedBlocks, clock: Clock, run_dir: str, report: Callable[[Progress], None]
+        self,
+        catalog: Catalog,
+        store: PackedBlocks,
+        clock: Clock,
+        run_dir: str,
+        report: Callable[[Progress], None],
+        pace: Pace | None = None,
     ) -> None:
         self._catalog = catalog
         self._store = store
@@ -93,6 +99,7 @@ class Recorder:
         self._clock = clock
         self._run_dir = run_dir
         self._report = report
+        self._pace = pace
 
     async def record(self, plan: DiskPlan) -> tuple[DiskPlan, Totals]:
         """Read one frozen disk; the plan comes back with what was really done (a bitmap may turn out unreadable)."""
@@ -122,7 +129,8 @@ class Recorder:
         selection = select(found, await self._catalog.carry(plan.disk.id))
         if export.give_back:
             await asyncio.to_thread(give_back, export, selection, found.size_bytes, self._store.block_size)
-        pipeline = Pipeline(snapshot.id, self._session, CatalogStage(self._catalog, snapshot), self._report)
+        stage = CatalogStage(self._catalog, snapshot)
+        pipeline = Pipeline(snapshot.id, self._session, stage, self._report, self._pace)
         return await pipeline.run(export, snapshot.size_bytes, selection)
 
     async def accomplish(
@@ -132,15 +140,18 @@ class Recorder:
         consistency: Consistency,
         note: str,
         guest: str,
+        felt: Mapping[str, Impact],
     ) -> None:
         """Make the snapshots of a capture durable and visible, all at once.
 
-        ``note`` says why the consistency is less than was asked for; ``guest`` is its definition, for the manifest.
+        ``note`` says why the consistency is less than was asked for; ``guest`` is its definition, for the manifest;
+        ``felt`` says of disks (by target) what the guest felt.
         """
         await self._session.flush()
         finished = []
         for plan, totals in done:
             snapshot = self._finished(plan, totals, consistency, note)
+            snapshot = replace(snapshot, impact=felt.get(plan.captured.target))
             head = ManifestHead(snapshot, plan.disk, self._store.block_size, guest)
             await self._store.manifests.put(head, self._manifest_pages(snapshot))
             finished.append((plan, snapshot))
@@ -157,6 +168,7 @@ class Recorder:
                     read_bytes=snapshot.read_bytes,
                     changed_bytes=snapshot.changed_bytes,
                     stored_bytes=snapshot.stored_bytes,
+                    impact=snapshot.impact,
                 )
                 await tx.update_disk(
                     plan.disk.id, head=snapshot.id, bitmap=plan.captured.new, size_bytes=snapshot.size_bytes

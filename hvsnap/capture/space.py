@@ -20,6 +20,18 @@ class SpaceLimits:
     overlay_bytes: int
 
 
+def room(overlays: Sequence[str], limits: SpaceLimits) -> int:
+    """Return how many bytes the guest may still write before :func:`check` gives the capture up. Blocking."""
+    left = []
+    for overlay in overlays:
+        seen = os.statvfs(os.path.dirname(overlay))
+        left.append(seen.f_bavail * seen.f_frsize - limits.reserve_bytes)
+        if limits.overlay_bytes:
+            used_bytes = os.stat(overlay).st_blocks * 512 if os.path.exists(overlay) else 0
+            left.append(limits.overlay_bytes - used_bytes)
+    return min(left)
+
+
 def check(overlays: Sequence[str], limits: SpaceLimits) -> None:
     """Raise :class:`NoSpace` if an overlay, or the file system it lies on, is past its limit. Blocking."""
     for overlay in overlays:

@@ -145,6 +145,7 @@ def snapshot(s: wire.Snapshot) -> str:
             ("Read", size(s.read_bytes)),
             ("Changed", size(s.changed_bytes)),
             ("Stored", size(s.stored_bytes)),
+            ("Impact", "" if s.impact is None else impact(s.impact)),
         ]
     )
 
@@ -157,6 +158,25 @@ def served(answer: wire.ServedList, *, headers: bool = True) -> str:
         for s in answer.served
     ]
     return table(names, rows, headers=headers)
+
+
+def impact(i: wire.Impact) -> str:
+    """Return what the guest felt, as one line."""
+    words = [
+        f"requests took {i.slowdown:.2f} times as long",
+        f"{i.held_iops:.0f} IOPS (at rest {i.rest_iops:.0f})",
+        f"a write {latency(i.held_write_us)} (at rest {latency(i.rest_write_us)})",
+    ]
+    if i.rate_low_bytes_s is not None:
+        words.append(f"slowed down to {size(i.rate_low_bytes_s)}/s at times")
+    return ", ".join(words)
+
+
+def latency(us: float | None) -> str:
+    """Return a latency as people write it."""
+    if us is None:
+        return "-"
+    return f"{us:.0f} µs" if us < 1000 else f"{us / 1000:.1f} ms"
 
 
 def deletion(answer: wire.Deletion) -> str:

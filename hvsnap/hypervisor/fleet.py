@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hvsnap.errors import GuestUnknown, HvsnapError, HypervisorFailed, HypervisorUnreachable
-from hvsnap.model import Bitmap, GuestUuid, GuestView, Traits
+from hvsnap.model import Bitmap, DiskActivity, GuestUuid, GuestView, Traits
 from hvsnap.ports import Census, Fleecer, Hypervisor, JobView
 from hvsnap.secret import Passphrase
 
@@ -153,6 +153,10 @@ class Fleet:
     async def bitmaps(self, uuid: GuestUuid, target: str) -> list[Bitmap]:
         """Return the bitmaps of the running guest's active image."""
         return await (await self._owner(uuid)).bitmaps(uuid, target)
+
+    async def activity(self, uuid: GuestUuid, targets: Sequence[str]) -> dict[str, DiskActivity]:
+        """Return what the running guest has asked of these disks so far."""
+        return await (await self._owner(uuid)).activity(uuid, targets)
 
     async def definition(self, uuid: GuestUuid) -> str:
         """Return what the guest would be started from next."""

@@ -12,7 +12,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ from hvsnap.errors import AgentMissing, AgentUnavailable, GuestUnknown, Hypervis
 from hvsnap.hypervisor import disk_encryption, domain_xml, qemu_nodes
 from hvsnap.hypervisor.libvirt_connection import LibvirtConnection, Lifecycle
 from hvsnap.hypervisor.libvirt_traits import traits
-from hvsnap.model import Bitmap, GuestState, GuestUuid, GuestView, Layer, Traits
+from hvsnap.model import Bitmap, DiskActivity, GuestState, GuestUuid, GuestView, Layer, Traits
 from hvsnap.ports import Census, Fleecer, JobView
 from hvsnap.secret import Passphrase
 
@@ -84,6 +84,18 @@ def _node(domain: Any, target: str) -> tuple[str, list[dict[str, Any]]]:
     inserted = entry["inserted"]
     graph = _qmp(domain, "x-debug-query-block-graph") if qemu_nodes.needs_graph(inserted) else None
     return qemu_nodes.format_node(inserted, named, graph), named
+
+
+def _activity(stats: Mapping[str, int]) -> DiskActivity:
+    """Return libvirt's block statistics as activity; a figure that QEMU does not have is 0."""
+    return DiskActivity(
+        reads=stats.get(libvirt.VIR_DOMAIN_BLOCK_STATS_READ_REQ, 0),
+        read_ns=stats.get(libvirt.VIR_DOMAIN_BLOCK_STATS_READ_TOTAL_TIMES, 0),
+        writes=stats.get(libvirt.VIR_DOMAIN_BLOCK_STATS_WRITE_REQ, 0),
+        write_ns=stats.get(libvirt.VIR_DOMAIN_BLOCK_STATS_WRITE_TOTAL_TIMES, 0),
+        flushes=stats.get(libvirt.VIR_DOMAIN_BLOCK_STATS_FLUSH_REQ, 0),
+        flush_ns=stats.get(libvirt.VIR_DOMAIN_BLOCK_STATS_FLUSH_TOTAL_TIMES, 0),
+    )
 
 
 class LibvirtHypervisor:
@@ -170,6 +182,14 @@ class LibvirtHypervisor:
                 return JobView(mirror.job, 0, 0, mirror.ready) if mirror is not None and mirror.job else None
             name = _JOB_TYPES.get(info["type"], "unknown")
             return JobView(name, info["cur"], info["end"], mirror is not None and mirror.ready)
+
+        return await self._on(uuid, work)
+
+    async def activity(self, uuid: GuestUuid, targets: Sequence[str]) -> dict[str, DiskActivity]:
+        """Return what the running guest has asked of these disks so far, whatever images lie under them."""
+
+        def work(domain: Any) -> dict[str, DiskActivity]:
+            return {target: _activity(domain.blockStatsFlags(target, 0)) for target in targets}
 
         return await self._on(uuid, work)
 

@@ -70,8 +70,8 @@ async def serve_image(
     """Serve one image on a private socket below ``run_dir`` for as long as the context lasts.
 
     The process takes the image's lock: a guest cannot open for writing what is restored here. It dies with
-    the daemon. ``idle_priority`` gives its I/O to everybody else first; ``key`` opens an encrypted image. Raises
-    :class:`HypervisorFailed`, also for a bitmap that is missing or inconsistent.
+    the daemon. ``idle_priority`` lets everybody else's I/O and work go first; ``key`` opens an encrypted image.
+    Raises :class:`HypervisorFailed`, also for a bitmap that is missing or inconsistent.
     """
     path_of_socket = os.path.join(run_dir, f"nbd-{secrets.token_hex(6)}.sock")
     argv = ["qemu-nbd", "--persistent", "--shared", str(connections), "--socket", path_of_socket]
@@ -84,9 +84,10 @@ async def serve_image(
         cache = "none" if await asyncio.to_thread(_takes_direct, path, image_format) else "writeback"
         argv += ["--discard", "unmap", "--cache", cache]
     argv += [] if bitmap is None else ["--bitmap", bitmap]
+    first = ["nice", "-n", "10", "ionice", "-c", "3"] if idle_priority else []
     with handed_over(key) as (secret, inherited):
         process = await asyncio.create_subprocess_exec(
-            *bound_to_us([*(["ionice", "-c", "3"] if idle_priority else []), *argv, *secret, image]),
+            *bound_to_us([*first, *argv, *secret, image]),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,

@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ from hvsnap.hypervisor.qmp_fleece import QmpFleecer
 from hvsnap.hypervisor.qmp_look import QmpLook
 from hvsnap.hypervisor.qmp_memory import Seen, disks_while_off, identity, with_layers
 from hvsnap.hypervisor.qmp_redirect import QmpRedirect
-from hvsnap.model import Bitmap, DiskView, GuestState, GuestUuid, GuestView, Layer, Traits
+from hvsnap.model import Bitmap, DiskActivity, DiskView, GuestState, GuestUuid, GuestView, Layer, Traits
 from hvsnap.ports import Census, Fleecer, GuestMemory, JobView
 from hvsnap.secret import Passphrase
 
@@ -163,6 +163,11 @@ class QmpHypervisor:
         """Return the bitmaps of the running guest's active image."""
         node = (await self._look.attachment(target)).format_node
         return qemu_nodes.bitmaps(await self._look.nodes(), node)
+
+    async def activity(self, uuid: GuestUuid, targets: Sequence[str]) -> dict[str, DiskActivity]:
+        """Return what the running guest has asked of these disks so far, whatever images lie under them."""
+        found = qmp_view.activities(await self._connection.execute("query-blockstats"))
+        return {target: found[target] for target in targets if target in found}
 
     async def job(self, uuid: GuestUuid, target: str) -> JobView | None:
         """Return the block job on a disk, anybody's; an active commit that failed is raised, once."""

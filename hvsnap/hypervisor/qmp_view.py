@@ -13,7 +13,7 @@ from typing import Any
 
 from hvsnap.errors import HypervisorFailed
 from hvsnap.hypervisor.qemu_nodes import Graph, filters_and_format
-from hvsnap.model import DiskView, GuestState, Layer
+from hvsnap.model import DiskActivity, DiskView, GuestState, Layer
 
 FORMATS = ("qcow2", "raw")
 FILE_DRIVERS = ("file", "host_device")
@@ -87,6 +87,23 @@ def attachments(answers: Answers) -> list[Attachment]:
     boot = [one for one in found if not one.view.skip_reason]
     system = min(boot, key=lambda one: _boot_index(answers, one), default=None)
     return [one if one is not system else replace(one, view=replace(one.view, system=True)) for one in found]
+
+
+def activities(blockstats: Sequence[Mapping[str, Any]]) -> dict[str, DiskActivity]:
+    """Return what the guest has asked of each of its disks (``query-blockstats``), by target."""
+    found = {}
+    for entry in blockstats:
+        if entry.get("qdev"):
+            stats = entry["stats"]
+            found[_target({**entry, "inserted": entry})] = DiskActivity(
+                reads=stats["rd_operations"],
+                read_ns=stats["rd_total_time_ns"],
+                writes=stats["wr_operations"],
+                write_ns=stats["wr_total_time_ns"],
+                flushes=stats["flush_operations"],
+                flush_ns=stats["flush_total_time_ns"],
+            )
+    return found
 
 
 def find(found: Sequence[Attachment], target: str) -> Attachment:

@@ -11,9 +11,11 @@ from pathlib import Path
 from hvsnap.capture.capture import Capture, CaptureOrder
 from hvsnap.capture.facts import KIND, CapturedDisk, CaptureFacts, Mode, Step
 from hvsnap.capture.freeze import Freezer
+from hvsnap.capture.impact import Watch
 from hvsnap.capture.plan import decide
 from hvsnap.capture.record import DiskPlan, Recorder
 from hvsnap.capture.space import SpaceLimits
+from hvsnap.capture.throttle import Throttle
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import ForeignJob, Refused
 from hvsnap.guard import StartGuard
@@ -37,6 +39,8 @@ class CaptureSettings:
     snapshots_per_disk: int
     freeze_timeout_s: float
     space: SpaceLimits
+    impact_budget_pct: float = 0.0
+    rate_max_bytes_s: int = 0
 
 
 class Planner:
@@ -61,6 +65,7 @@ class Planner:
         self._settings = settings
         self._guard = guard
         self._report = report
+        self._limit = Throttle(settings.rate_max_bytes_s or None, clock=clock.monotonic)
 
     async def check(self, found: Sequence[Found]) -> None:
         """Refuse what the guest's QEMU cannot do, before anything of a capture exists."""
@@ -77,6 +82,11 @@ class Planner:
         guest = await self._hypervisor.guest(run.guest)
         mode = Mode.OFFLINE if not guest.active else Mode.FLEECE if guest.fleece else Mode.REDIRECT
         secrets = {disk.target: disk.secret for disk in guest.disks}
+        targets = [disk.target for disk in run.disks]
+        budget_pct = self._settings.impact_budget_pct
+        watch = Watch(self._hypervisor, run.guest, targets, self._clock, budget_pct, self._limit)
+        if mode is not Mode.OFFLINE:
+            await watch.begin()
         plans = []
         for disk_row, snapshot in zip(run.disks, run.snapshots, strict=True):
             disk = await self._catalog.disk(disk_row.id)
@@ -89,7 +99,8 @@ class Planner:
                     s.id, parent=s.parent, kind=s.kind, method=s.method, reason=s.reason, size_bytes=s.size_bytes
                 )
             operation = await tx.open_operation(KIND, run.guest, Step.BITMAPS, facts.as_json())
-        recorder = Recorder(self._catalog, self._store, self._clock, self._settings.run_dir, self._report)
+        run_dir = self._settings.run_dir
+        recorder = Recorder(self._catalog, self._store, self._clock, run_dir, self._report, watch.throttle)
         order = CaptureOrder(
             operation=operation.id,
             guest=run.guest,
@@ -100,7 +111,8 @@ class Planner:
             space=self._settings.space,
             block_size=self._store.block_size,
         )
-        return operation.id, Capture(self._hypervisor, self._freezer, self._catalog, recorder, self._guard, order)
+        capture = Capture(self._hypervisor, self._freezer, self._catalog, recorder, self._guard, order, watch)
+        return operation.id, capture
 
     async def _plan(self, disk: Disk, snapshot: Snapshot, mode: Mode, run: Run, secret: str) -> DiskPlan:
         """Decide how one disk is captured; raises :class:`ForeignJob` when somebody else is at work on it."""

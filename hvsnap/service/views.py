@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import UTC, datetime
 
 from hvsnap import wire
@@ -52,6 +53,7 @@ def snapshot(row: Snapshot, disk: Disk, progress: Progress | None = None) -> wir
         encrypted=disk.encrypted,
         expires_at=when_or_none(row.expires_at),
         locked_until=when_or_none(row.locked_until),
+        impact=None if row.impact is None else wire.Impact(**asdict(row.impact)),
         progress=percent,
         done_bytes=None if progress is None else progress.done_bytes,
         total_bytes=None if progress is None else progress.total_bytes,

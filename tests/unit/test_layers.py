@@ -38,6 +38,7 @@ VALUES = {"", "__main__", "config", "errors", "happenings", "model", "ports", "r
 PURE = {
     "capture.blockset",
     "capture.facts",
+    "capture.governor",
     "capture.plan",
     "capture.support",
     "catalog.chain",
