@@ -66,7 +66,7 @@ class Attaching:
             raise Refused(f"guest {guest.name} is not one of libvirt's", hint=hint) from error
         return Attachment(guest.uuid, target)
 
-    async def attach(self, operation_id: OperationId) -> Disk:
+    async def attach(self, operation_id: OperationId, path: str, where: Attachment) -> Disk:
         """Attach the disk of an entry of the journal; return it, known from now on. It comes to its end, whoever waits.
 
         Raises :class:`Failed`: the disk is there, and is not attached.
@@ -77,7 +77,13 @@ class Attaching:
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.shield(working)
         await asyncio.wait([working])
-        return working.result()
+        try:
+            return working.result()
+        except NotFound:
+            # A recovery was there first, and has closed the entry.
+            if not await self._libvirt().attached(where.guest, where.target, path):
+                raise
+            return await self._inventory.known_or_attached(f"{where.guest}/{where.target}")
 
     async def recover(self, only: Container[OperationId] | None = None) -> list[tuple[Operation, HvsnapError | None]]:
         """Attach what a crash kept from it; what libvirt does not answer about stays in the journal."""

@@ -100,9 +100,9 @@ class Disks:
                 run.step("writing the disk")
                 made = await self._maker.create(order, run.progress)
             attached = None
-            if made.attaching is not None:
+            if made.attaching is not None and attach is not None:
                 run.step("attaching the disk")
-                attached = await self._attaching.attach(made.attaching)
+                attached = await self._attaching.attach(made.attaching, made.path, attach)
             return wire.DiskCreated(
                 snapshot=row.id,
                 made_of=made_of,

@@ -268,7 +268,7 @@ class Inventory:
         if found.known is not None:
             return found.known
         info = await images.image_info(found.view.top.path, found.view.top.format)
-        return await self.register(found, info.size_bytes)
+        return await self.register(found, info.size_bytes, encrypted=info.encrypted)
 
     async def find_attached(self, name: str) -> Found:
         """Return an attached disk by its id, path, ``GUEST/TARGET``, or target where only one guest has such a one.

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import libvirt
 import numpy as np
 import pytest
 
 from hvsnap import wire
 from hvsnap.cli.client import DaemonError
+from hvsnap.errors import HvsnapError
 from tests.conftest import short_directory
 from tests.e2e.oracle import BLOCK, Replica, check_same, converted, load
 from tests.e2e.rig import DoctoredDaemon, Rig, TestDisk
 from tests.e2e.scenarios import write
+from tests.faults.killing_daemon import Order
 from tests.guest.domain import DiskSpec, Guest, make_image
-from tests.guest.libvirtd import Libvirtd, wait_for
+from tests.guest.libvirtd import Libvirtd
 
 MIB = 1 << 20
 SIZE = 6 * MIB + 512 * 77
@@ -215,16 +219,52 @@ def test_s7_1_a_block_device_holds_the_disk_and_zeroes_and_nothing_of_what_was_o
             subprocess.run(["losetup", "--detach", str(one)], check=True)
 
 
-def test_f29_a_daemon_killed_while_it_makes_a_volume_leaves_none(rig: Rig) -> None:
-    with rig.daemon.client() as client:
-        body = wire.DiskCreate(snapshot=next(iter(rig.disks[0].states)), path="lost.qcow2", pool=rig.guest.name)
-        client.post("/disks", wire.Task, body)
-    rig.daemon.kill()
-    rig.daemon.start()
+def killed_at(rig: Rig, control: Path, order: Order, action: Callable[[], object]) -> None:
+    """Do an action of which the daemon dies, and start the next one, which settles what is left."""
+    order.write(control)
+    with contextlib.suppress(HvsnapError, httpx.HTTPError, RuntimeError):
+        action()
+    rig.daemon.wait_dead(20)
+    control.unlink()
+    rig.daemon.start(str(control))
     rig.daemon.settled()
-    names = libvirt.open(rig.guest.libvirtd.uri).storagePoolLookupByName(rig.guest.name).listVolumes()
-    left = {name for name in names if "lost" in name}
-    assert left <= {"lost.qcow2"}
-    if left:  # it had come to its end
-        check_same(converted(rig.scratch / "pool" / "lost.qcow2", "qcow2", rig.scratch), wanted(rig), "the volume")
-    wait_for(lambda: rig.daemon.status().open_operations == 0, "settling")
+
+
+def test_f29_killed_while_it_makes_a_volume_the_daemon_leaves_a_whole_one_or_none(rig: Rig) -> None:
+    rig.guest.start()
+    rig.daemon.stop()
+    control = rig.scratch / "control"
+    rig.daemon.start(str(control))
+    path = rig.scratch / "pool" / "lost.qcow2"
+    points = [("nbd.finish", "before"), ("rename(pool/.lost.qcow2.*.hvsnap)", "after")]
+    attach = {"guest": rig.guest.name, "target": "sdd"}
+    for number, (name, side) in enumerate(points):
+        order = Order("kill", name, 1, side, id=str(number))
+        killed_at(rig, control, order, lambda: ask(rig, "lost.qcow2", pool=rig.guest.name, attach=attach))
+        volumes = libvirt.open(rig.guest.libvirtd.uri).storagePoolLookupByName(rig.guest.name).listVolumes()
+        whole = (name, side) == points[-1]
+        assert [one for one in volumes if "lost" in one] == ["lost.qcow2"] * whole
+        assert path.exists() == whole
+        assert [disk.path for disk in attached(rig, "sdd")] == [str(path)] * whole  # as it was asked for
+    check_same(converted(path, "qcow2", rig.scratch), wanted(rig), "the volume")
+
+
+def test_s7_3_killed_while_it_writes_the_next_daemon_brings_the_disk_back_to_its_origin(rig: Rig) -> None:
+    control, path = rig.scratch / "control", rig.scratch / "pool" / "lost.qcow2"
+    rig.guest.destroy()
+    disk = TestDisk("sdd", DiskSpec(path, "qcow2", "scsi"), Replica(wanted(rig).copy()))
+    rig.do(disk, write(2 * BLOCK, 7 * BLOCK, 1))
+    (first,) = rig.daemon.snapshot(rig.guest.name, ["sdd"])
+    disk.states[first.id] = rig.present(disk)
+    rig.do(disk, write(30 * BLOCK, 2 * BLOCK, 2))
+    body = wire.Reinit(safety_snapshot=False)
+
+    def back() -> None:
+        rig.daemon.task(post(rig, f"{rig.guest.name}/sdd/reinit", wire.RollbackAnswer, body).task)
+
+    killed_at(rig, control, Order("kill", "nbd.finish", 1, "before", id="reinit"), back)
+    check_same(rig.present(disk), wanted(rig), "the disk back at its origin")
+    rig.replace(disk)
+    (second,) = rig.daemon.snapshot(rig.guest.name, ["sdd"])
+    disk.states[second.id] = wanted(rig)
+    rig.check_snapshots(disk)
