@@ -100,6 +100,10 @@ def _topic(text: str) -> str:
     return text
 
 
+def _topic_or_none(text: str) -> str:
+    return _topic(text) if text else text
+
+
 AbsolutePath = Annotated[str, AfterValidator(_absolute)]
 
 
@@ -217,6 +221,7 @@ class Mqtt(_Table):
 
     url: Annotated[str, AfterValidator(_mqtt_url)] = ""
     topic_prefix: Annotated[str, AfterValidator(_topic)] = "hvsnap"
+    discovery_prefix: Annotated[str, AfterValidator(_topic_or_none)] = ""
     username: str = ""
     password_file: AbsolutePath = ""
     ca_file: AbsolutePath = ""

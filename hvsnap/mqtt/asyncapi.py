@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from hvsnap.mqtt import discovery
 from hvsnap.mqtt.connection import Timings
 from hvsnap.mqtt.messages import VERSION, AnyEvent, DiskState, HostStatus, ProgressReport
 from hvsnap.mqtt.progress import EXPIRY_S
@@ -23,6 +24,10 @@ MESSAGES: dict[str, tuple[TypeAdapter[Any], str]] = {
     "event": (TypeAdapter(AnyEvent), "Something happened"),
     "progress": (TypeAdapter(ProgressReport), "How far a capture or task is"),
     "disk-state": (TypeAdapter(DiskState), "What the chain says of a disk"),
+    "discovery": (
+        TypeAdapter(discovery.Discovery),
+        "How a host or a disk is to be shown, for Home Assistant and its like",
+    ),
 }
 """Kinds of messages: their form, and what they are."""
 
@@ -42,6 +47,7 @@ CHANNELS = {
         {"qos": 0, "retain": False, "messageExpiryInterval": EXPIRY_S},
     ),
     "diskState": (_TOPICS.disk_state("{guest}", "{disk}"), "disk-state", {"qos": 1, "retain": True}),
+    "discovery": ("{discovery}/device/{object}/config", "discovery", {"qos": 1, "retain": True}),
 }
 """Channels: the topic, the kind of message, how it is published."""
 
@@ -52,6 +58,8 @@ _PARAMETERS = {
     "disk": {"description": "id of the disk and its chain, d-…"},
     "snapshot": {"description": "id of the snapshot, s-…"},
     "task": {"description": "id of the task, t-…"},
+    "discovery": {"description": "mqtt.discovery_prefix of the configuration; empty: nothing is announced"},
+    "object": {"description": "hvsnap-HOST or hvsnap-HOST-DISK, of letters, digits, _ and -"},
 }
 
 _BINDING_VERSION = "0.2.0"

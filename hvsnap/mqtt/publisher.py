@@ -50,7 +50,7 @@ class MqttPublisher:
         # before it accepts this one, not at any time after it.
         self._identifier = f"{level(settings.topic_prefix.replace('/', '-'))}-{level(host_id)}"
         self._progress = ProgressBoard(catalog, clock, host_id, topics, self._timings.progress_s)
-        self._states = DiskStates(catalog, clock, host_id, topics)
+        self._states = DiskStates(catalog, clock, host_id, topics, settings.discovery_prefix)
         self._outbox = Outbox(catalog, host_id, topics.event, self._told)
         self._backoff = Backoff(self._timings.pause_min_s, self._timings.pause_max_s)
         self._connected = False

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import HvsnapError
 from hvsnap.model import Disk, DiskId, Event, Snapshot, SnapshotId, State
+from hvsnap.mqtt import discovery
 from hvsnap.mqtt.connection import Connection, Refused
 from hvsnap.mqtt.messages import DiskState, Health, LastFailure, LastSnapshot
 from hvsnap.mqtt.topics import Topics
@@ -17,6 +18,9 @@ from hvsnap.service.freeing import chain_blocks, stored_bytes
 from hvsnap.service.views import when, when_or_none
 
 log = logging.getLogger(__name__)
+
+REFUSED_S = 3600.0
+"""How long a broker that refuses announcements is left alone with them."""
 
 
 def disk_state(host_id: str, at: float, disk: Disk, snapshots: Sequence[Snapshot], stored: int | None) -> DiskState:
@@ -61,11 +65,14 @@ def _last_snapshot(row: Snapshot) -> LastSnapshot:
 class DiskStates:
     """Keeps what the broker retains equal to what the catalog holds."""
 
-    def __init__(self, catalog: Catalog, clock: Clock, host_id: str, topics: Topics) -> None:
+    def __init__(
+        self, catalog: Catalog, clock: Clock, host_id: str, topics: Topics, discovery_prefix: str = ""
+    ) -> None:
         self._catalog = catalog
         self._clock = clock
         self._host_id = host_id
         self._topics = topics
+        self._announcer = _Announcer(discovery_prefix, host_id, topics, clock) if discovery_prefix else None
         self._changed: dict[DiskId, None] = {}
         self._published_at: dict[DiskId, str] = {}
         self._published: dict[DiskId, DiskState] = {}
@@ -83,6 +90,8 @@ class DiskStates:
         """Publish all states, and then those that change, until cancelled. Raises :class:`BrokerFailed`."""
         # The broker may have forgotten them, or be another one.
         self._published.clear()
+        if self._announcer is not None:
+            await self._announcer.begin(connection)
         await self._all_changed()
         while True:
             self._woken.clear()
@@ -117,6 +126,8 @@ class DiskStates:
             await connection.publish(former, b"", retain=True)
             del self._published_at[disk.id]
         if disk.released:
+            if self._announcer is not None:
+                await self._announcer.gone(connection, disk.id)
             return
         snapshots = await self._catalog.snapshots(disk.id)
         stored = await self._stored_bytes(disk.id, snapshots)
@@ -127,6 +138,8 @@ class DiskStates:
         self._published_at[disk.id] = topic
         await connection.publish(topic, state.to_json(), retain=True)
         self._published[disk.id] = state
+        if self._announcer is not None:
+            await self._announcer.disk(connection, state)
 
     async def _stored_bytes(self, disk_id: DiskId, snapshots: Sequence[Snapshot]) -> int | None:
         """Return what the store holds for a chain; counted anew only when other snapshots make it up."""
@@ -140,3 +153,43 @@ class DiskStates:
                 return None
             self._stored[disk_id] = known = (nodes, counted)
         return known[1]
+
+
+class _Announcer:
+    """Tells who reads discovery which states are there. A broker that refuses it is told nothing more for an hour.
+
+    Not only until the next connection: mosquitto 2.0.11 ends the connection after it has refused a message.
+    """
+
+    def __init__(self, prefix: str, host_id: str, topics: Topics, clock: Clock) -> None:
+        self._prefix = prefix
+        self._host_id = host_id
+        self._topics = topics
+        self._clock = clock
+        self._told: dict[str, bytes] = {}
+        self._quiet_until_s = 0.0
+
+    async def begin(self, connection: Connection) -> None:
+        """Announce the host, on a new connection; all else anew, too."""
+        self._told.clear()
+        await self._tell(connection, None, discovery.of_host(self._topics, self._host_id).to_json())
+
+    async def disk(self, connection: Connection, state: DiskState) -> None:
+        """Announce a disk whose state was published."""
+        await self._tell(connection, state.disk, discovery.of_disk(self._topics, state).to_json())
+
+    async def gone(self, connection: Connection, disk: str) -> None:
+        """Take back what was announced of a disk, perhaps by an earlier daemon."""
+        await self._tell(connection, disk, b"")
+
+    async def _tell(self, connection: Connection, disk: str | None, payload: bytes) -> None:
+        topic = discovery.topic(self._prefix, self._host_id, disk)
+        if self._clock.monotonic() < self._quiet_until_s or self._told.get(topic) == payload:
+            return
+        try:
+            await connection.publish(topic, payload, retain=True)
+        except Refused as error:
+            self._quiet_until_s = self._clock.monotonic() + REFUSED_S
+            log.warning("mqtt.discovery_prefix: %s", error)
+        else:
+            self._told[topic] = payload

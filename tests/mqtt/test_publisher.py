@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 from hvsnap.catalog.catalog import Catalog
-from hvsnap.happenings import EventType
+from hvsnap.happenings import EventType, disk_payload
 from hvsnap.model import Progress, State
 from tests.mqtt.broker import Broker
 from tests.mqtt.conftest import Publish
+from tests.mqtt.forms import check
 from tests.mqtt.kit import add_disk, add_snapshot, emit
 from tests.mqtt.listener import listening, until
 
@@ -198,3 +200,43 @@ async def test_it_subscribes_to_nothing(broker: Broker, catalog: Catalog, publis
     log = broker.log.read_text()
     assert "Received CONNECT" in log or "New client connected" in log
     assert "Received SUBSCRIBE" not in log
+
+
+# -- discovery ------------------------------------------------------------------------------------
+
+
+async def test_hosts_and_disks_are_announced_where_that_is_wanted(
+    broker: Broker, catalog: Catalog, publish: Publish
+) -> None:
+    """With the form that is documented, and taken back when the disk is released."""
+    disk = await add_disk(catalog, guest_name="db/1")
+    async with listening(broker.port, "#") as listener:
+        running = await publish(broker.url, host="kvm 1", discovery_prefix="homeassistant")
+        await listener.until(
+            lambda heard: [x for x in heard.heard if "/device/" in x.topic and disk.id in x.topic], "it"
+        )
+        announced = [one for one in listener.heard if one.topic.startswith("homeassistant/")]
+        assert len({one.topic for one in announced}) == 2
+        states = {one.topic for one in listener.heard if not one.topic.startswith("homeassistant/")}
+        for one in announced:
+            components = check(one.topic, one.payload)["components"]
+            assert {component["state_topic"] for component in components.values()} <= states
+            assert b"null" not in one.payload
+        (of_disk,) = [one.topic for one in announced if disk.id in one.topic]
+        async with catalog.write() as tx:
+            await tx.update_disk(disk.id, released=True)
+            await tx.emit(EventType.DISK_ATTACHED, disk_payload(disk))
+        await listener.until(lambda heard: any(not one.payload for one in heard.on(of_disk)), "the end of the disk")
+        await running.stop()
+
+
+async def test_a_broker_that_refuses_announcements_gets_the_rest(
+    make_broker: Callable[..., Broker], workdir: Path, catalog: Catalog, publish: Publish
+) -> None:
+    (workdir / "acl").write_text("topic readwrite hvsnap/#\n")
+    narrow = make_broker(f"acl_file {workdir / 'acl'}")
+    await add_disk(catalog)
+    async with listening(narrow.port) as listener:
+        await publish(narrow.url, discovery_prefix="homeassistant")
+        await listener.until(lambda heard: any(one.topic.endswith("/state") for one in heard.heard), "the state")
+        await listener.until(lambda heard: heard.events(), "the event")
