@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -164,9 +165,9 @@ class Disks:
         else:
             self.content[name].pop(block, None)
 
-    async def take(self, house: House, name: str) -> SnapshotId:
-        """Make a snapshot in the order in which captures do it."""
-        taking = await Taking.begin(house, self, name)
+    async def take(self, house: House, name: str, /, **fields: Any) -> SnapshotId:
+        """Make a snapshot in the order in which captures do it; ``fields`` are its own."""
+        taking = await Taking.begin(house, self, name, **fields)
         await taking.put()
         await taking.stage()
         return await taking.accomplish()
@@ -211,13 +212,13 @@ class Taking:
         self.ids: dict[int, int] = {}
 
     @classmethod
-    async def begin(cls, house: House, disks: Disks, name: str) -> Taking:
+    async def begin(cls, house: House, disks: Disks, name: str, /, **fields: Any) -> Taking:
         taking = cls(house, disks, name, house.store.session())
         head = (await house.catalog.disk(taking.disk.id)).head
         async with house.catalog.write() as tx:
             sequence = await tx.next_sequence(taking.disk.id)
             taking.snapshot = a_snapshot(
-                taking.disk.id, sequence, head, state=State.PROGRESSING, size_bytes=taking.disk.size_bytes
+                taking.disk.id, sequence, head, state=State.PROGRESSING, size_bytes=taking.disk.size_bytes, **fields
             )
             await tx.add_snapshot(taking.snapshot)
         return taking
