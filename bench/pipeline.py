@@ -1,7 +1,10 @@
-"""What a full snapshot and a restore cost, without a guest: ``python -m bench.pipeline [--rounds N] [--mib N]``.
+"""What a full snapshot and a restore cost, without a guest.
+
+``python -m bench.pipeline [--rounds N] [--mib N] [--encrypted]``
 
 An image is read into a store, and a disk made of it, in this very process: for profilers, too (``perf record -g
-python -m bench.pipeline``). Processor time hardly depends on what else the machine does; wall time does.
+python -m bench.pipeline``). Processor time hardly depends on what else the machine does; wall time does. With
+``--encrypted`` each round is done twice, plain and encrypted in turns, and the ratios of processor times are told.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 
 from bench.disk import BenchDisk, build
@@ -28,6 +32,7 @@ from hvsnap.hypervisor.nbd_server import serve_image
 from hvsnap.model import SnapshotId, State
 from hvsnap.restore.disk import DiskMaker, Order
 from hvsnap.store.blocks import PackedBlocks, open_store
+from hvsnap.store.keyring import StoreKey
 from hvsnap.store.objects import LocalObjects
 from tests.catalog_kit import StoppedClock, a_disk, a_snapshot
 
@@ -35,8 +40,8 @@ MIB = 1 << 20
 
 
 @contextmanager
-def told(name: str) -> Iterator[None]:
-    """Tell what the block took: of this process, and of QEMU's programs that ended in it."""
+def told(name: str, spent: dict[str, list[float]]) -> Iterator[None]:
+    """Tell what the block took: of this process, and of QEMU's programs that ended in it; note the sum in ``spent``."""
     settle_disk()
     before = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     began = time.monotonic()
@@ -46,6 +51,9 @@ def told(name: str) -> Iterator[None]:
     used = [
         f"{a.ru_utime - b.ru_utime:.2f} + {a.ru_stime - b.ru_stime:.2f}" for a, b in zip(after, before, strict=True)
     ]
+    spent.setdefault(name, []).append(
+        sum(a.ru_utime + a.ru_stime - b.ru_utime - b.ru_stime for a, b in zip(after, before, strict=True))
+    )
     print(f"{name:<10} {wall_s:5.1f} s; processor s (user + system): hvsnap {used[0]}, QEMU's programs {used[1]}")
 
 
@@ -68,17 +76,17 @@ async def capture(disk: BenchDisk, catalog: Catalog, store: PackedBlocks, run_di
     return snapshot.id
 
 
-async def round_trip(disk: BenchDisk, directory: Path) -> None:
-    """Capture and restore once, in a new store."""
+async def round_trip(disk: BenchDisk, directory: Path, key: StoreKey | None, spent: dict[str, list[float]]) -> None:
+    """Capture and restore once, in a new store, encrypted with a key."""
     (directory / "state").mkdir()
     catalog = await Catalog.open(directory / "state", StoppedClock())
     objects = LocalObjects(directory / "store")
-    store = await open_store(objects, catalog)
+    store = await open_store(objects, catalog, key=key)
     target = directory / "restored.qcow2"
     try:
-        with told("capture"):
+        with told("capture", spent):
             snapshot = await capture(disk, catalog, store, str(directory))
-        with told("restore"):
+        with told("restore", spent):
             maker = DiskMaker(catalog, store, str(directory))
             await maker.create(Order(snapshot, str(target)), lambda _progress: None)
     finally:
@@ -91,13 +99,21 @@ async def round_trip(disk: BenchDisk, directory: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.pipeline", description=__doc__)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--encrypted", action="store_true", help="compare with an encrypted store")
     parser.add_argument("--mib", type=int, default=2000, help="real file data on the disk")
     options = parser.parse_args()
     disk = build(max(8 << 30, options.mib << 22), options.mib << 20)
     idle_bytes = memory_bytes(os.getpid(), "VmRSS")
+    keys = {"plain": None, "encrypted": StoreKey("bench", raw=bytes(32))} if options.encrypted else {"plain": None}
+    spent: dict[str, dict[str, list[float]]] = {}
     for _ in range(options.rounds):
-        with TemporaryDirectory(prefix="hvp", dir="/var/tmp") as directory:
-            asyncio.run(round_trip(disk, Path(directory)))
+        for name, key in keys.items():
+            print(f"{name}:")
+            with TemporaryDirectory(prefix="hvp", dir="/var/tmp") as directory:
+                asyncio.run(round_trip(disk, Path(directory), key, spent.setdefault(name, {})))
+    for step in ("capture", "restore") if options.encrypted else ():
+        ratio = median(spent["encrypted"][step]) / median(spent["plain"][step])
+        print(f"{step}: encrypted takes {ratio:.2f} times the processor time of plain")
     more_bytes = memory_bytes(os.getpid(), "VmHWM") - idle_bytes
     print(f"memory: at most {more_bytes // MIB} MiB more than before the first capture")
     return 0

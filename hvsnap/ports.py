@@ -70,6 +70,11 @@ class ObjectStore(Protocol):
         """The largest object that this store takes in one go; what can be cut into objects is not cut larger."""
         ...
 
+    @property
+    def reads_at_once(self) -> int:
+        """How many parts of objects are best read side by side, of at most some MiB each."""
+        ...
+
     async def get(self, name: str) -> bytes:
         """Return a whole object (small ones: configuration, headers)."""
         ...

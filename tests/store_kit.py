@@ -24,6 +24,7 @@ class MemoryObjects:
     """An object store in a dict, under the same contract as the others."""
 
     object_bytes_best = 64 << 20
+    reads_at_once = 4
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}

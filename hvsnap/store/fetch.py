@@ -30,9 +30,6 @@ GAP_BYTES_MAX = 64 << 10
 MOVES_MAX = 3
 """How often the blocks of a read may turn out to have been moved to another pack before that is called damage."""
 
-READS_AHEAD = 4
-"""Reads under way at once: with what comes of them, 24 MiB at most."""
-
 
 @dataclass(slots=True)
 class Read:
@@ -101,7 +98,7 @@ class Fetcher:
         try:
             async for read in self._reads(ids):
                 running.append(asyncio.create_task(self._fetch(read), name=f"read {read.pack}"))
-                if len(running) == READS_AHEAD:
+                if len(running) >= self._objects.reads_at_once:
                     for item in await running.popleft():
                         yield item
             while running:

@@ -52,6 +52,7 @@ class LocalObjects:
     """Immutable objects as files below ``root``, which is created with the first one if its parent exists."""
 
     object_bytes_best = 64 << 20
+    reads_at_once = 4
 
     def __init__(self, root: Path) -> None:
         self._root = root

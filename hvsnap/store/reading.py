@@ -22,6 +22,7 @@ class ReadOnlyObjects:
     def __init__(self, inner: ObjectStore) -> None:
         self._inner = inner
         self.object_bytes_best = inner.object_bytes_best
+        self.reads_at_once = inner.reads_at_once
 
     async def get(self, name: str) -> bytes:
         """Return a whole object."""

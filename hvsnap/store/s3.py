@@ -38,6 +38,9 @@ OBJECT_BYTES_BEST = 16 << 20
 """Packs of this size are put whole from memory, three under way at once: nothing is spooled, nothing uploaded in
 parts, and a request that must be repeated is short."""
 
+READS_AT_ONCE = 12
+"""A request takes some milliseconds before its first byte, some tens to another site: ``python -m bench.bucket``."""
+
 PART_BYTES = 16 << 20
 PARTS_AT_ONCE = 3
 
@@ -100,6 +103,7 @@ class S3Objects:
     """Immutable objects in a bucket. ``spool`` is a directory for large objects on their way."""
 
     object_bytes_best = OBJECT_BYTES_BEST
+    reads_at_once = READS_AT_ONCE
 
     def __init__(self, place: Place, spool: Path, *, store: Any = None, deadline_s: float = DEADLINE_S) -> None:
         self._url = place.url
