@@ -510,7 +510,7 @@ class CrashRig:
         nodes = self.guest.qmp("query-named-block-nodes", flat=True)
         assert not [node for node in nodes if ".overlay" in node.get("file", "")]
         assert not host_pids("qemu-nbd", str(self.directory))
-        assert not list(self.daemon.directory.glob("run/nbd/*"))
+        assert not list(self.daemon.directory.glob("run/nbd/nbd-*"))
         temporaries = self.daemon.store / ".tmp"
         assert not temporaries.exists() or not os.listdir(temporaries)
         for disk in self.disks:

@@ -217,10 +217,6 @@ def test_guest_that_was_stopped_by_a_full_overlay_device_goes_on(small_place: Cr
     rig.check([one for one in rig.snapshots() if one not in known])
 
 
-@pytest.mark.skipif(
-    not os.environ.get("HVSNAP_TEST_ALL"),
-    reason="its attempts did not end within a minute on a busy machine: not yet proven, see HVSNAP_TEST_ALL=1",
-)
 def test_merge_onto_a_full_device_waits_for_room(guest_image: GuestImage) -> None:
     """Image and overlay are on the same file system, and somebody filled it: no endless loop, and nothing is lost."""
     directory = short_directory()
@@ -234,7 +230,7 @@ def test_merge_onto_a_full_device_waits_for_room(guest_image: GuestImage) -> Non
                 rig.written(100)
                 fill(place / "filler")
                 rig.daemon.ended(begun, 60)
-            wait_for(lambda: "has failed" in rig.daemon.log.read_text(), "the end of the attempts", 60)
+            wait_for(lambda: "has failed" in rig.daemon.log.read_text(), "the end of the attempts", 150)
             assert rig.daemon.status().open_operations == 1
             (place / "filler").unlink()
             with rig.daemon.client() as client:
