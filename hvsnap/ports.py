@@ -65,15 +65,10 @@ class ObjectStore(Protocol):
     :class:`~hvsnap.errors.NotFound` for an object that is not there.
     """
 
-    @property
-    def object_bytes_best(self) -> int:
-        """The largest object that this store takes in one go; what can be cut into objects is not cut larger."""
-        ...
-
-    @property
-    def reads_at_once(self) -> int:
-        """How many parts of objects are best read side by side, of at most some MiB each."""
-        ...
+    object_bytes_best: int
+    """The largest object that this store takes in one go; what can be cut into objects is not cut larger."""
+    reads_at_once: int
+    """How many parts of objects, of some MiB each, are best read side by side."""
 
     async def get(self, name: str) -> bytes:
         """Return a whole object (small ones: configuration, headers)."""
