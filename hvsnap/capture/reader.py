@@ -235,7 +235,7 @@ class ChunkStream:
     def _read_all(self) -> None:
         try:
             if self._pace is not None:
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)  # Linux: of this thread alone
+                _give_way()
             with connected(self._export, []) as handle:
                 while (taken := self._take()) is not None:
                     self._deliver(self._read(handle, *taken))
@@ -288,6 +288,12 @@ class ChunkStream:
         for _position, first, blocks in runs(group.index, group.index.size):
             offset = (group.page * PAGE_BLOCKS + first) * self._block_size
             yield handle.aio_trim(min(blocks * self._block_size, self._size_bytes - offset), offset)
+
+
+def _give_way() -> None:
+    """Let this thread alone (Linux has it so) run after others; a daemon that is nicer already stays as it is."""
+    thread = threading.get_native_id()
+    os.setpriority(os.PRIO_PROCESS, thread, max(NICE, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
 def _complete(handle: Any, cookies: list[int]) -> None:
