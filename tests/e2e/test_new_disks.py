@@ -178,7 +178,16 @@ def test_f29_nothing_that_is_there_or_in_use_is_written_over(rig: Rig) -> None:
     made(rig, file, format="raw", force=True)
     check_same(load(file), wanted(rig), "the file, written over")
     assert file.stat().st_mode & 0o777 == 0o640
-    # The guest has no slot for it: the disk is whole all the same, and that it is not attached is told.
+    # A guest of this machine type runs out of PCI slots: the disk stays, and what became of it is told.
+    for target in ("vds", "vdt", "vdu", "vdv", "vdw"):
+        slotless = ask(rig, directory / f"{target}.raw", format="raw", attach=attach | {"target": target})
+        if slotless.error is not None:
+            break
+    assert slotless.error is not None
+    assert f"{target}.raw was made, but could not be attached as {target}: libvirt: " in slotless.error.message
+    assert slotless.error.hint.startswith("it is whole")
+    check_same(load(directory / f"{target}.raw"), wanted(rig), "the disk that is not attached")
+    assert attached(rig, target) == []
     rig.guest.destroy()
     task = ask(rig, directory / "new", attach={"guest": rig.guest.name, "target": "vdx"})
     assert isinstance(task.result, wire.DiskCreated), task.error
