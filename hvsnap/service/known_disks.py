@@ -16,7 +16,7 @@ from hvsnap import wire
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import BadRequest, Busy, CaptureRunning, GuestUnknown, HvsnapError, Refused
 from hvsnap.happenings import EventType, disk_payload
-from hvsnap.model import Disk, DiskId, GuestUuid, GuestView, Snapshot, SnapshotId, State
+from hvsnap.model import Disk, GuestView, Snapshot, SnapshotId, State
 from hvsnap.ports import Clock
 from hvsnap.service.freeing import plan_deletion
 from hvsnap.service.inventory import Inventory, is_overlay
@@ -26,6 +26,15 @@ from hvsnap.service.uses import Uses
 from hvsnap.service.views import when_or_none
 
 log = logging.getLogger(__name__)
+
+
+def is_gone(disk: Disk, guest: GuestView) -> bool | None:
+    """Whether a guest, as it is shown, does not have a known disk; None where that cannot be told."""
+    # An overlay that nobody knows may lie on any disk; a guest without disks is one whose disks are not known.
+    if not guest.disks or any(is_overlay(view) for view in guest.disks):
+        return None
+    shown = {(view.serial, "" if view.serial else view.target, view.top.path) for view in guest.disks if view.layers}
+    return (disk.serial, "" if disk.serial else disk.target, disk.source) not in shown
 
 
 class KnownDisks:
@@ -181,7 +190,7 @@ class KnownDisks:
             guest = guests.get(disk.guest_uuid)
             if guest is None and census.silent:
                 continue  # it may belong to whoever does not answer
-            gone = guest is None or await self._is_gone(disk.id, guest)
+            gone = True if guest is None else is_gone(disk, guest)
             if gone is not None and gone != (disk.gone_since is not None):
                 changed.append((disk, gone))
         if not changed:
@@ -191,24 +200,13 @@ class KnownDisks:
                 await tx.update_disk(disk.id, gone_since=self._clock.now() if gone else None)
                 await tx.emit(EventType.DISK_DETACHED if gone else EventType.DISK_ATTACHED, disk_payload(disk))
 
-    async def _is_gone(self, disk: DiskId, guest: GuestView) -> bool | None:
-        """Whether a guest does not have a disk; None where that cannot be told."""
-        # An overlay that nobody knows may lie on any disk; a guest without disks is one whose disks are not known.
-        if not guest.disks or any(is_overlay(view) for view in guest.disks):
-            return None
-        for view in guest.disks:
-            known = await self._inventory.known(guest, view)
-            if known is not None and known.id == disk:
-                return False
-        return True
-
     async def _is_attached(self, disk: Disk) -> bool:
         """Whether a disk is there now. Raises where that cannot be told."""
         try:
-            guest = await self._inventory.guest(GuestUuid(disk.guest_uuid))
+            guest = await self._inventory.guest(disk.guest_uuid)
         except GuestUnknown:
             return False
-        gone = await self._is_gone(disk.id, guest)
+        gone = is_gone(disk, guest)
         if gone is None:
             hint = "`hvsnap recover`, or start the guest, and try again"
             raise Busy(f"the disks of guest {guest.name} are not known at present", hint=hint)

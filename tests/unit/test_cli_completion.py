@@ -14,6 +14,7 @@ import pexpect
 import pytest
 
 from hvsnap.cli.words import plain
+from hvsnap.model import Image, ImageId
 from tests.cli_kit import HVSNAP, Desk, Ran, a_desk, two_snapshots
 from tests.service_kit import MAIL, a_guest, a_view
 
@@ -69,6 +70,9 @@ async def completed(desk: Desk, line: str, **env: str) -> Ran:
         ("hvsnap watch web", ["web01"]),
         ("hvsnap chain-info web01/", ["web01/vda"]),
         ("hvsnap snapshot-delete s-nothing", []),
+        ("hvsnap disk-reinit web01/", ["web01/vda"]),
+        ("hvsnap disk-release web01/", ["web01/vda"]),
+        ("hvsnap disk-create --attach w", ["web01"]),
         ("hvsnap snapshot-info s-aaaaaaaaaaaa more ", []),
     ],
 )
@@ -83,6 +87,13 @@ async def test_snapshots_are_offered_newest_first_and_those_of_the_disk(desk: De
     for line in ("hvsnap snapshot-info ", "hvsnap snapshot-delete ", "hvsnap disk-rollback web01/vda "):
         assert (await completed(desk, line)).out.split() == [two, one], line
     assert (await completed(desk, "hvsnap disk-rollback web01/vdz ")).out.split() == []
+
+
+async def test_disks_can_be_made_of_images_and_snapshots(desk: Desk) -> None:
+    one, two = await two_snapshots(desk.house)
+    async with desk.house.catalog.write() as tx:
+        await tx.add_image(Image(ImageId("i-aaaaaaaaaaaa"), "debian", "", one, 1.0))
+    assert (await completed(desk, "hvsnap disk-create ")).out.split() == ["debian", "i-aaaaaaaaaaaa", two, one]
 
 
 async def test_the_configuration_that_was_typed_names_the_daemon(desk: Desk) -> None:
