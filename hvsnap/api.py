@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from hvsnap import wire
+from hvsnap import api_storage, wire
 from hvsnap.api_limits import Guard
 from hvsnap.api_peers import Doorkeeper, PeerCheck
 from hvsnap.api_reading import Reading
@@ -54,8 +54,8 @@ def create_app(service: Service, doorkeeper: Doorkeeper | None = None, *, read_o
     app.include_router(_policies(service), prefix=wire.API, tags=["policies"])
     app.include_router(_disks(service), prefix=wire.API, tags=["disks"])
     app.include_router(_tasks(service), prefix=wire.API, tags=["disks"])
-    app.include_router(_images(service), prefix=wire.API, tags=["images"])
-    app.include_router(_store(service), prefix=wire.API, tags=["store"])
+    app.include_router(api_storage.images(service), prefix=wire.API, tags=["images"])
+    app.include_router(api_storage.store(service), prefix=wire.API, tags=["store"])
     app.include_router(_daemon(service), prefix=wire.API, tags=["daemon"])
     app.add_exception_handler(HvsnapError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -247,50 +247,6 @@ def _tasks(service: Service) -> APIRouter:
     @router.post("/tasks/{id}/cancel", status_code=202)
     async def cancel_task(id: Id) -> wire.Task:
         return views.task(service.tasks.cancel(id))
-
-    return router
-
-
-def _images(service: Service) -> APIRouter:
-    router = APIRouter()
-
-    @router.get("/images")
-    async def list_images() -> wire.ImageList:
-        return await service.images.listing()
-
-    @router.post("/images", status_code=201)
-    async def create_image(body: wire.ImageCreate) -> wire.Image:
-        return await service.images.create(body)
-
-    @router.post("/images/{image}/export", status_code=202)
-    async def export_image(image: Id, body: wire.ImageExport) -> wire.Task:
-        return views.task(await service.images.export(image, body.path))
-
-    @router.post("/images/{image}/delete")
-    async def delete_image(image: Id) -> wire.Image:
-        return await service.images.delete(image)
-
-    return router
-
-
-def _store(service: Service) -> APIRouter:
-    router = APIRouter()
-
-    @router.get("/store")
-    async def get_store() -> wire.StoreInfo:
-        return await service.store.info()
-
-    @router.post("/store/check", status_code=202)
-    async def check_store() -> wire.Task:
-        return views.task(service.store.check())
-
-    @router.post("/store/compact", status_code=202)
-    async def compact_store(body: wire.StoreCompact) -> wire.Task:
-        return views.task(service.store.compact(dry_run=body.dry_run))
-
-    @router.post("/snapshots/verify", status_code=202)
-    async def verify_snapshots(body: wire.SnapshotVerify) -> wire.Task:
-        return views.task(await service.store.verify(body.ids, everything=body.all))
 
     return router
 

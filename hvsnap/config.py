@@ -216,6 +216,14 @@ class Policies(_Table):
     """A disk that has been gone from its guest for so long is released; 0: only by its owner's word."""
 
 
+class Usage(_Table):
+    """What storage costs (SERVICE 9.3)."""
+
+    price_per_gib_month: float = Field(default=0.0, ge=0.0, le=1e6, strict=False)
+    currency: str = Field(default="", max_length=16)
+    prepaid_gib: float = Field(default=0.0, ge=0.0, le=1e9, strict=False)
+
+
 class Mqtt(_Table):
     """The broker that events are published to."""
 
@@ -261,6 +269,7 @@ class Settings(_Table):
     store: Store = Store()
     limits: Limits = Limits()
     policies: Policies = Policies()
+    usage: Usage = Usage()
     mqtt: Mqtt = Mqtt()
     metrics: Metrics = Metrics()
 

@@ -55,6 +55,7 @@ from hvsnap.service.snapshots import Snapshots
 from hvsnap.service.status import StatusBoard
 from hvsnap.service.store import Store
 from hvsnap.service.tasks import Tasks
+from hvsnap.service.usage import Tariff, UsageReports
 from hvsnap.service.uses import Uses
 from hvsnap.store.blocks import PackedBlocks, open_store
 from hvsnap.store.lease import WriterLease
@@ -206,6 +207,8 @@ async def _furnish(
         settings.store.path,
     )
     catalog.on_event.append(housekeeping.listen)
+    price = settings.usage
+    tariff = Tariff(price.price_per_gib_month, price.currency, price.prepaid_gib)
     schedule = ScheduleSettings(settings.policies.late_max_s, settings.policies.workers, limit)
     scheduler = Scheduler(catalog, captures, snapshots, clock, schedule)
     scheduler.also_expire.append(known.release_due)
@@ -224,6 +227,7 @@ async def _furnish(
         store=Store(
             catalog, store, snapshots, tasks, housekeeping, url=settings.store.url, directory=settings.store.path
         ),
+        usage=UsageReports(catalog, housekeeping.sampler, clock, tariff),
         tasks=tasks,
         doctor=Doctor(
             premises(settings),
@@ -234,9 +238,12 @@ async def _furnish(
             DiskLooks(hypervisor, inventory, images.image_info),
             captures.busy_disks,
             mqtt_status,
+            housekeeping.sampler.days_to_full,
         ),
         recovery=recovery,
-        status=StatusBoard(settings.host_id, hypervisor, catalog, captures, tasks, mqtt_status, clock),
+        status=StatusBoard(
+            settings.host_id, hypervisor, catalog, captures, tasks, mqtt_status, clock, housekeeping.sampler
+        ),
         feed=feed,
         hooks=Hooks(Path(settings.state_dir), attendance.wake),
         serving=Serving(catalog, snapshots, uses, server, clock, _served_to(settings)),

@@ -27,7 +27,7 @@ from hvsnap.model import Event
 from hvsnap.mqtt.publisher import MqttPublisher
 from hvsnap.ports import Clock
 from hvsnap.service.hooks import OPERATIONS, OTHER
-from hvsnap.service.housekeeping import device_space
+from hvsnap.service.sampling import device_space
 from hvsnap.service.service import Service
 
 FIGURES_S = 60.0

@@ -37,6 +37,8 @@ GET  /v1/images                                         ImageList
 POST /v1/images                      ImageCreate        Image          201
 POST /v1/images/{image}/export       ImageExport        Task           202
 POST /v1/images/{image}/delete                          Image          as it was
+GET  /v1/usage                       ?since= ?until=    Usage          what was stored; ``by`` ``chain`` or ``host``;
+                                     ?by= ?points=                     ``points`` (0 to 1000) of each line
 GET  /v1/store                                          StoreInfo
 POST /v1/store/check                                    Task           202; catalog against store, both ways
 POST /v1/store/compact               StoreCompact       Task           202; with ``dry_run`` only the plan
@@ -80,6 +82,10 @@ API = "/v1"
 
 Name = Annotated[str, Field(max_length=4096)]
 """Something that names a guest, a disk or a snapshot. What it may be is judged where it is looked up."""
+
+
+Instant = AwareDatetime
+"""A moment, with its time zone."""
 
 
 class Answer(BaseModel):
@@ -760,6 +766,48 @@ class SnapshotVerify(Request):
     all: bool = False
 
 
+class UsagePoint(Answer):
+    """The average of a part of the interval, which begins here."""
+
+    at: AwareDatetime
+    bytes: int
+
+
+class UsageLine(Answer):
+    """What was stored of one chain, or of all, in an interval."""
+
+    subject: str = Field(description="disk and chain id, or ``host``", examples=["d-mfrggzdfmztw"])
+    guest: str | None
+    target: str | None
+    last_bytes: int = Field(description="at the end of the interval")
+    mean_bytes: int
+    peak_bytes: int
+    gib_hours: float
+    billable_gib_hours: float = Field(description="beyond what is prepaid; a chain's is its share of the host's")
+    cost: float | None = Field(description="an estimate; null without a price")
+    points: list[UsagePoint] = Field(description="for a plot; empty unless asked for")
+
+
+class Usage(Answer):
+    """What was stored in an interval, from samples (SERVICE 9.2, 9.3).
+
+    Chains share blocks: their lines come to more than ``total``, which counts each block once. What they cost is shared
+    in proportion.
+    """
+
+    since: AwareDatetime
+    until: AwareDatetime
+    known_since: AwareDatetime | None = Field(description="the first sample; what was before counts as nothing")
+    by: Literal["chain", "host"]
+    estimate: Literal[True] = Field(default=True, description="what it costs is an estimate, not a bill")
+    currency: str
+    price_per_gib_month: float | None
+    prepaid_gib: float
+    lines: list[UsageLine]
+    total: UsageLine = Field(description="of the host")
+    days_to_full: float | None = Field(description="of the store's device, at the pace of the last week; null: unknown")
+
+
 class StoreCompact(Request):
     """Free what no snapshot refers to."""
 
@@ -884,6 +932,10 @@ class Status(Answer):
     captures: int = Field(description="disks being captured")
     tasks: int = Field(description="running ones")
     open_operations: int = Field(description="entries of the journal")
+    stored_bytes: int = Field(default=0, description="what the store keeps")
+    days_to_full: float | None = Field(
+        default=None, description="of the store's device, at the pace of the last week; null: it is not to be told"
+    )
     mqtt: MqttStatus
 
 

@@ -47,6 +47,7 @@ from hvsnap.service.snapshots import Snapshots
 from hvsnap.service.status import StatusBoard
 from hvsnap.service.store import Store
 from hvsnap.service.tasks import Tasks
+from hvsnap.service.usage import Tariff, UsageReports
 from hvsnap.service.uses import Uses
 from hvsnap.store.blocks import PackedBlocks, open_store
 from hvsnap.store.objects import LocalObjects
@@ -240,6 +241,7 @@ async def a_house(directory: Path) -> AsyncIterator[House]:
                 url=f"file://{directory / 'store'}",
                 directory=directory / "store",
             ),
+            usage=UsageReports(catalog, housekeeping.sampler, clock, Tariff(0.5, "EUR", 1.0)),
             tasks=tasks,
             doctor=Doctor(
                 Premises([], "test:///default"),
@@ -250,9 +252,12 @@ async def a_house(directory: Path) -> AsyncIterator[House]:
                 DiskLooks(hypervisor, inventory, _inspect),
                 captures.busy_disks,
                 lambda: mqtt,
+                housekeeping.sampler.days_to_full,
             ),
             recovery=Recovery(catalog, [restores.recover, attaching.recover, exports.recover]),
-            status=StatusBoard("host-1", hypervisor, catalog, captures, tasks, lambda: mqtt, clock),
+            status=StatusBoard(
+                "host-1", hypervisor, catalog, captures, tasks, lambda: mqtt, clock, housekeeping.sampler
+            ),
             feed=feed,
             hooks=Hooks(directory, lambda: None),
             serving=Serving(catalog, snapshots, uses, server, clock, ServedTo()),

@@ -25,6 +25,7 @@ from hvsnap.catalog.db import REBUILD, Database, Row, settled
 from hvsnap.catalog.moment import Moment
 from hvsnap.catalog.transaction import Transaction
 from hvsnap.catalog.upkeep import Upkeep
+from hvsnap.catalog.usage import Usage
 from hvsnap.errors import CatalogFailed, Damaged, DiskUnknown, NoSpace, NotFound, SnapshotUnknown
 from hvsnap.model import (
     BlockPlace,
@@ -70,6 +71,7 @@ class Catalog:
         self._clock = clock
         self.blocks = Blocks(database)
         self.upkeep = Upkeep(database, self.blocks)
+        self.usage = Usage(database)
         self.on_event: list[Callable[[Event], None]] = []
 
     @classmethod

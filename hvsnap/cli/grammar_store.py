@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -12,6 +13,13 @@ from hvsnap.cli.grammar import SNAPSHOTS, Detach, command, flag
 from hvsnap.cli.session import Session
 
 STORE = "The store"
+
+
+class By(StrEnum):
+    """What a line of the answer is about."""
+
+    CHAIN = "chain"
+    HOST = "host"
 
 
 @command("snapshot-verify", SNAPSHOTS, example="hvsnap snapshot-verify s-mfrggzdfmztw")
@@ -39,6 +47,28 @@ def store_info(session: Session) -> None:
     from hvsnap.cli import store
 
     store.info(session)
+
+
+@command("usage", STORE, example="hvsnap usage --since 30d --by chain")
+def usage(
+    session: Session,
+    since: Annotated[
+        str, typer.Option(metavar="TIME", show_default=False, help="2026-11-01, or 7d or 12h ago; else 30d.")
+    ] = "",
+    until: Annotated[str, typer.Option(metavar="TIME", show_default=False, help="The same; else now.")] = "",
+    by: Annotated[By, typer.Option(help="A line for each chain, or one for the host.")] = By.CHAIN,
+    plot: Annotated[
+        str,
+        typer.Option(metavar="FILE", show_default=False, help="Draw it: a new .png or .svg, or - for the terminal."),
+    ] = "",
+) -> None:
+    """Show what was stored over an interval, in GiB·hours, and what that costs by the configured price.
+
+    What it costs is an estimate. The daemon notes what is stored every five minutes.
+    """
+    from hvsnap.cli import usage as commands
+
+    commands.show(session, since, until, by.value, plot)
 
 
 @command("store-check", STORE, example="hvsnap store-check")

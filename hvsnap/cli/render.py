@@ -374,6 +374,8 @@ def status(s: wire.Status) -> str:
             ("Snapshots", str(s.snapshots)),
             ("At work", f"{s.captures} captures, {s.tasks} tasks"),
             ("Open", f"{s.open_operations} entries of the journal"),
+            ("Stored", size(s.stored_bytes)),
+            ("Store full", "" if s.days_to_full is None else f"in {s.days_to_full:.1f} days"),
             ("MQTT", mqtt),
         ]
     )

@@ -240,6 +240,7 @@ class SpacePayload(BaseModel):
 
     free_bytes: int = Field(ge=0)
     total_bytes: int = Field(ge=0)
+    days_to_full: float | None = Field(ge=0, description="at the pace of the last week; null: it is not to be told")
 
 
 class DaemonPayload(BaseModel):

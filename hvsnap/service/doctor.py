@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -192,6 +192,7 @@ class Doctor:
         looks: DiskLooks,
         busy_disks: Callable[[], set[DiskId]],
         mqtt_status: Callable[[], MqttStatus],
+        days_to_full: Callable[[], Awaitable[float | None]],
     ) -> None:
         self._premises = premises
         self._hypervisor = hypervisor
@@ -201,6 +202,7 @@ class Doctor:
         self._looks = looks
         self._busy_disks = busy_disks
         self._mqtt_status = mqtt_status
+        self._days_to_full = days_to_full
 
     async def examine(self) -> DoctorReport:
         """Look at everything, in a fixed order."""
@@ -262,7 +264,8 @@ class Doctor:
         busy = self._busy_disks()
         open_now = findings.operations(operations, sum(1 for one in operations if _is_worked_on(one, busy)))
         newest_s = max((row.created_at for row in snapshots), default=0.0)
-        return [ok, open_now, *findings_host.clock_before(newest_s, time.time())]
+        filling = findings.filling(await self._days_to_full())
+        return [ok, *filling, open_now, *findings_host.clock_before(newest_s, time.time())]
 
 
 async def _answer_of_qemu() -> str:

@@ -26,6 +26,9 @@ LIBVIRT_TESTED: Version = (9, 0)
 FREE_BYTES_MIN = 2 << 30
 FREE_SHARE_MIN = 0.05
 
+FULL_DAYS_MIN = 14.0
+"""Days that are left for somebody to see to a store that fills up."""
+
 
 def parse_version(text: str) -> Version | None:
     """Return the first dotted number in a tool's answer; None if there is none."""
@@ -166,6 +169,21 @@ def directory(check: str, purpose: str, seen: DirectorySeen, *, private: bool) -
         remedy = "free some space: a snapshot that finds none fails, and the guest goes on"
         found.append(finding(Severity.WARNING, f"the {purpose} is short of space", space, remedy))
     return found or [finding(Severity.OK, f"the {purpose} is in order", space, "")]
+
+
+def filling(days_to_full: float | None) -> list[Finding]:
+    """Warn of a store whose device is full before long, at the pace of the last week."""
+    if days_to_full is None or days_to_full > FULL_DAYS_MIN:
+        return []
+    return [
+        Finding(
+            severity=Severity.WARNING,
+            check="store-filling",
+            what="the store's device will be full before long",
+            evidence=f"in {days_to_full:.1f} days, if it goes on as in the last week",
+            remedy="`hvsnap usage` shows which chains grow: keep fewer snapshots, or give the store more space",
+        )
+    ]
 
 
 def mqtt(status: MqttStatus) -> Finding:

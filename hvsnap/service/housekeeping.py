@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from hvsnap.errors import HvsnapError
 from hvsnap.happenings import EventType
 from hvsnap.model import Event, Snapshot, SnapshotId
 from hvsnap.ports import Clock
+from hvsnap.service.sampling import Sampler, device_space
 from hvsnap.store.blocks import PackedBlocks
 from hvsnap.upkeep.check import Checker
 from hvsnap.upkeep.images import ImageKeeper
@@ -59,15 +59,6 @@ class VerifySettings:
     bytes_per_s: int
 
 
-def device_space(directory: Path) -> tuple[int, int]:
-    """Return the free and all bytes of a directory's device, both 0 if it is not there. Blocking."""
-    try:
-        device = os.statvfs(directory)
-    except OSError:
-        return 0, 0
-    return device.f_bavail * device.f_frsize, device.f_blocks * device.f_frsize
-
-
 class Housekeeping:
     """Sweeps, verifies and looks after the space of one store; the loops end with their tasks."""
 
@@ -86,6 +77,7 @@ class Housekeeping:
         self._directory = directory
         self.sweeper = Sweeper(catalog, store, clock, certain)
         self.images = ImageKeeper(catalog, store, certain)
+        self.sampler = Sampler(catalog, clock, directory)
         self.checker = Checker(catalog, store, clock)
         self._verifier = Verifier(catalog, store, self.sweeper, clock)
         self._verifying = asyncio.Lock()
@@ -136,6 +128,7 @@ class Housekeeping:
             group.create_task(self._sweep_loop(), name="sweep")
             group.create_task(self._verify_loop(), name="verify")
             group.create_task(self._trim_events(), name="trim-events")
+            group.create_task(self.sampler.run(), name="usage")
 
     async def look_at_start(self) -> None:
         """Look whether the store holds the newest that the catalog knows; if not, find out what is missing."""
@@ -185,8 +178,9 @@ class Housekeeping:
         share = free_bytes / total_bytes if total_bytes else 1.0
         if share < NEARLY_FULL and not self._nearly_full:
             self._nearly_full = True
+            days = await self.sampler.days_to_full()
             async with self._catalog.write() as tx:
-                payload = {"free_bytes": free_bytes, "total_bytes": total_bytes}
+                payload = {"free_bytes": free_bytes, "total_bytes": total_bytes, "days_to_full": days}
                 await tx.emit(EventType.STORE_NEARLY_FULL, payload)
         elif share > ROOM_AGAIN:
             self._nearly_full = False

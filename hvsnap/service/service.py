@@ -21,6 +21,7 @@ from hvsnap.service.snapshots import Snapshots
 from hvsnap.service.status import StatusBoard
 from hvsnap.service.store import Store
 from hvsnap.service.tasks import Tasks
+from hvsnap.service.usage import UsageReports
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Service:
     rollbacks: Rollbacks
     images: Images
     store: Store
+    usage: UsageReports
     tasks: Tasks
     doctor: Doctor
     recovery: Recovery

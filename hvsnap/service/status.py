@@ -11,6 +11,7 @@ from hvsnap.errors import HvsnapError
 from hvsnap.model import State
 from hvsnap.ports import Clock, Hypervisor
 from hvsnap.service.requests import CapturesPort
+from hvsnap.service.sampling import Sampler
 from hvsnap.service.tasks import Tasks
 from hvsnap.service.views import when
 
@@ -29,6 +30,7 @@ class StatusBoard:
         tasks: Tasks,
         mqtt_status: Callable[[], wire.MqttStatus],
         clock: Clock,
+        sampler: Sampler,
     ) -> None:
         self._host_id = host_id
         self._hypervisor = hypervisor
@@ -37,6 +39,7 @@ class StatusBoard:
         self._tasks = tasks
         self._mqtt_status = mqtt_status
         self._clock = clock
+        self._sampler = sampler
         self._started_at = clock.now()
         self.stopping = False
 
@@ -55,6 +58,8 @@ class StatusBoard:
             captures=len(self._captures.busy_disks()),
             tasks=self._tasks.running,
             open_operations=len(await self._catalog.operations()),
+            stored_bytes=(await self._catalog.figures()).store.live_bytes,
+            days_to_full=await self._sampler.days_to_full(),
             mqtt=self._mqtt_status(),
         )
 

@@ -11,7 +11,8 @@ from hvsnap.capture.pipeline import Meter
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import BadRequest, Refused
 from hvsnap.model import SnapshotId, State
-from hvsnap.service.housekeeping import Housekeeping, device_space
+from hvsnap.service.housekeeping import Housekeeping
+from hvsnap.service.sampling import device_space
 from hvsnap.service.snapshots import Snapshots
 from hvsnap.service.tasks import TaskRun, Tasks, TaskView
 from hvsnap.service.views import when, when_or_none

@@ -52,7 +52,7 @@ PAYLOADS: dict[EventType, dict[str, Any]] = {
     EventType.GUEST_LOST: GUEST,
     EventType.VERIFICATION_FAILED: {"snapshots": ["s-aaaaaaaaaaaa"], "blocks": 2, "detail": "its digest is wrong"},
     EventType.STORE_INCOMPLETE: {"missing": ["packs/ab/ab"], "count": 1},
-    EventType.STORE_NEARLY_FULL: {"free_bytes": 1, "total_bytes": 100},
+    EventType.STORE_NEARLY_FULL: {"free_bytes": 1, "total_bytes": 100, "days_to_full": 2.5},
     EventType.DAEMON_ONLINE: DAEMON,
     EventType.DAEMON_OFFLINE: DAEMON,
 }

@@ -63,6 +63,7 @@ COMMANDS = {
     "store-info",
     "store-rebuild",
     "store-rekey",
+    "usage",
     "watch",
 }
 
