@@ -21,6 +21,7 @@ from hvsnap.service.sampling import Sampler, device_space
 from hvsnap.store.blocks import PackedBlocks
 from hvsnap.upkeep.check import Checker
 from hvsnap.upkeep.images import ImageKeeper
+from hvsnap.upkeep.settings import SettingsKeeper
 from hvsnap.upkeep.sweep import Sweeper, Swept
 from hvsnap.upkeep.verify import Report, Verified, Verifier
 
@@ -79,6 +80,7 @@ class Housekeeping:
         self.images = ImageKeeper(catalog, store, certain)
         self.sampler = Sampler(catalog, clock, directory)
         self.checker = Checker(catalog, store, clock)
+        self.settings = SettingsKeeper(catalog, store, certain)
         self._verifier = Verifier(catalog, store, self.sweeper, clock)
         self._verifying = asyncio.Lock()
         self._wanted = asyncio.Event()
@@ -127,6 +129,7 @@ class Housekeeping:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._sweep_loop(), name="sweep")
             group.create_task(self._verify_loop(), name="verify")
+            group.create_task(self.settings.run(), name="settings")
             group.create_task(self._trim_events(), name="trim-events")
             group.create_task(self.sampler.run(), name="usage")
 

@@ -38,6 +38,7 @@ from hvsnap.store.repository import (
     encode_config,
 )
 from hvsnap.store.rewriting import Rewriting
+from hvsnap.store.settings import SettingsObjects
 from hvsnap.store.uninterrupted import uninterrupted
 
 
@@ -110,6 +111,7 @@ class PackedBlocks:
         self.intake = Intake(objects, index, repository, codec, self._workers, next_block_id)
         self.manifests = Manifests(objects, repository)
         self.images = ImageObjects(objects, repository)
+        self.settings = SettingsObjects(objects, repository)
         self.packs = Packs(objects, repository)
         self.rewriting = Rewriting(objects, repository, codec, self._workers, self.packs)
         self._fetcher = Fetcher(objects, index, codec, self._workers, repository.block_size, hint)

@@ -40,6 +40,7 @@ class Keys:
     manifest: bytes
     seal: bytes
     image: bytes
+    settings: bytes
 
     @classmethod
     def derive(cls, secret: bytes) -> Keys:
@@ -48,7 +49,8 @@ class Keys:
         def key(purpose: str) -> bytes:
             return blake3(secret, derive_key_context=f"hvsnap.store v1 {purpose}").digest()
 
-        return cls(key("block digest"), key("pack"), key("manifest"), key("seal"), key("image"))
+        purposes = ("block digest", "pack", "manifest", "seal", "image", "settings")
+        return cls(*(key(purpose) for purpose in purposes))
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from hvsnap.store.idset import IdSet
 from hvsnap.store.manifest import ManifestPage
 from hvsnap.store.pack import HEADER_BYTES, EntryArray, PackId
 from hvsnap.upkeep.affected import affected
+from hvsnap.upkeep.settings import bring_back
 
 PAGES_AT_ONCE = 8
 """Pages of a manifest that enter the catalog in one transaction: 32,768 entries at most."""
@@ -86,6 +87,10 @@ class Rebuild:
             await self._enter_pages(one)
         await self._enter_heads()
         await self._enter_images()
+        try:
+            await bring_back(self._catalog, self._store)
+        except UNREADABLE as error:
+            self._result.damaged.append(f"{error.message}; policies, and what is set for disks, have to be set again")
         await self._catalog.upkeep.to_sweep()
         return await self._told()
 
