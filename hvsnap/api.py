@@ -195,6 +195,7 @@ def _disks(service: Service) -> APIRouter:
             force=body.force,
             pool=body.pool,
             attach=None if body.attach is None else (body.attach.guest, body.attach.target),
+            instant=body.instant,
         )
         return views.task(await service.disks.create(request))
 

@@ -24,6 +24,7 @@ class EventType(StrEnum):
     POLICY_MISSED = "policy.missed"
     POLICY_FAILED = "policy.failed"
     DISK_CREATED = "disk.created"
+    DISK_FILLED = "disk.filled"
     DISK_CREATE_FAILED = "disk.create-failed"
     DISK_ATTACH_FAILED = "disk.attach-failed"
     IMAGE_CREATED = "image.created"

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from grp import getgrnam
 from pathlib import Path
+from pwd import getpwnam
 
 from hvsnap import wire
 from hvsnap.capture.space import SpaceLimits
@@ -25,6 +26,7 @@ from hvsnap.model import Layer
 from hvsnap.mqtt.publisher import MqttPublisher
 from hvsnap.restore.disk import DiskMaker
 from hvsnap.restore.export import ImageExporter
+from hvsnap.restore.instant import InstantDisks
 from hvsnap.restore.occupancy import Occupancy
 from hvsnap.restore.rollback import Rollback
 from hvsnap.restore.serve import Access as ServedTo
@@ -42,6 +44,7 @@ from hvsnap.service.guests import Guests
 from hvsnap.service.hooks import Hooks
 from hvsnap.service.housekeeping import Housekeeping, VerifySettings
 from hvsnap.service.images import ExportRecovery, Images
+from hvsnap.service.instants import Instants
 from hvsnap.service.inventory import Inventory
 from hvsnap.service.known_disks import KnownDisks
 from hvsnap.service.origins import Origins
@@ -92,6 +95,7 @@ class House:
     housekeeping: Housekeeping
     scheduler: Scheduler
     server: SnapshotServer
+    instants: Instants
     service: Service
     mqtt: MqttPublisher | None
 
@@ -174,7 +178,10 @@ async def _furnish(
     exporter = ImageExporter(catalog, store, private)
     exports = ExportRecovery(catalog, exporter, uses)
     attaching = Attaching(catalog, inventory, captures, devices)
-    recoveries = [captures.recover, restores.recover, attaching.recover, exports.recover]
+    server = SnapshotServer(catalog, store, private, str(serve_directory(settings.run_dir)))
+    filler = InstantDisks(hypervisor, catalog, store, server, private, _guests_access())
+    instants = Instants(catalog, filler, attaching, tasks, uses)
+    recoveries = [captures.recover, restores.recover, attaching.recover, exports.recover, instants.recover]
     recovery = Recovery(catalog, recoveries, captures.give_way)
     attendance.also_wake.append(recovery.wake)
     snapshots = Snapshots(catalog, inventory, captures, uses, clock)
@@ -197,7 +204,6 @@ async def _furnish(
     if mqtt is not None:
         announcer.listeners.append(mqtt)
     mqtt_status = _no_mqtt if mqtt is None else mqtt.status
-    server = SnapshotServer(catalog, store, private, str(serve_directory(settings.run_dir)))
     housekeeping = Housekeeping(
         catalog,
         store,
@@ -217,7 +223,7 @@ async def _furnish(
         snapshots=snapshots,
         captures=captures,
         chains=Chains(catalog, inventory, captures, snapshots_max=limit),
-        disks=Disks(catalog, origins, attaching, tasks, uses, maker, own_directories=own),
+        disks=Disks(catalog, origins, attaching, tasks, uses, maker, instants, own_directories=own),
         known_disks=known,
         rollbacks=Rollbacks(
             hypervisor, catalog, inventory, snapshots, origins, captures, tasks, uses, roller, snapshots_max=limit
@@ -259,6 +265,7 @@ async def _furnish(
         housekeeping=housekeeping,
         scheduler=scheduler,
         server=server,
+        instants=instants,
         service=service,
         mqtt=mqtt,
     )
@@ -307,6 +314,15 @@ def _served_to(settings: Settings) -> ServedTo:
     """Return who may open what is served: those who may ask for it, and so for any disk's content."""
     group = settings.api.admin_group or settings.socket_group
     return ServedTo((0, getgrnam(group).gr_gid), 0o660) if group else ServedTo()
+
+
+def _guests_access() -> ServedTo:
+    """Return who may open what instant disks are made of: the user that libvirt's QEMU runs as, by the distribution."""
+    for name in ("libvirt-qemu", "qemu"):
+        with contextlib.suppress(KeyError):
+            user = getpwnam(name)
+            return ServedTo((user.pw_uid, user.pw_gid), 0o600)
+    return ServedTo()
 
 
 def _no_mqtt() -> wire.MqttStatus:

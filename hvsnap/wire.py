@@ -446,6 +446,7 @@ class DiskCreate(Request):
     force: bool = Field(default=False, description="write over a file that is there, or a block device")
     pool: str = Field(default="", max_length=4096, description="libvirt's storage pool that gets the new volume")
     attach: Attach | None = None
+    instant: bool = Field(default=False, description="it can be used when the answer comes; the task fills it")
 
 
 class Reinit(Request):

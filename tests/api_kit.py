@@ -20,6 +20,7 @@ from hvsnap.hypervisor.images import ImageInfo
 from hvsnap.model import DiskId, GuestUuid, GuestView, Layer, Method, Operation, Progress, SnapshotId
 from hvsnap.restore.disk import ATTACH_KIND, NewDisk, Order, Plan
 from hvsnap.restore.export import ImageExporter
+from hvsnap.restore.instant import InstantDisks
 from hvsnap.restore.rollback import RollbackPlan
 from hvsnap.restore.serve import Access as ServedTo
 from hvsnap.restore.serve import SnapshotServer, serve_directory
@@ -35,6 +36,7 @@ from hvsnap.service.guests import Guests
 from hvsnap.service.hooks import Hooks
 from hvsnap.service.housekeeping import Housekeeping, VerifySettings
 from hvsnap.service.images import ExportRecovery, Images
+from hvsnap.service.instants import Instants
 from hvsnap.service.inventory import Inventory
 from hvsnap.service.known_disks import KnownDisks
 from hvsnap.service.origins import Origins
@@ -206,11 +208,13 @@ async def a_house(directory: Path) -> AsyncIterator[House]:
         mqtt = MqttStatus(configured=True, connected=False, pending=2, error="refused")
         objects = LocalObjects(directory / "store")
         store = await open_store(objects, catalog)
+        server = SnapshotServer(catalog, store, str(directory), str(serve_directory(directory)))
+        await server.start()
+        filler = InstantDisks(hypervisor, catalog, store, server, str(directory), ServedTo())
+        instants = Instants(catalog, filler, attaching, tasks, uses)
         exporter = ImageExporter(catalog, store, str(directory))
         exports = ExportRecovery(catalog, exporter, uses)
         housekeeping = Housekeeping(catalog, store, clock, lambda: True, VerifySettings(0, 0), directory / "store")
-        server = SnapshotServer(catalog, store, str(directory), str(serve_directory(directory)))
-        await server.start()
         service = Service(
             guests=guests,
             snapshots=snapshots,
@@ -227,7 +231,7 @@ async def a_house(directory: Path) -> AsyncIterator[House]:
             ),
             policies=Policies(catalog, inventory, clock, policies_max=100),
             chains=Chains(catalog, inventory, captures, snapshots_max=64),
-            disks=Disks(catalog, origins, attaching, tasks, uses, maker, own_directories=["/var/lib/hvsnap"]),
+            disks=Disks(catalog, origins, attaching, tasks, uses, maker, instants, own_directories=["/var/lib/hvsnap"]),
             known_disks=KnownDisks(catalog, inventory, snapshots, captures, uses, clock, sealed=False, release_days=30),
             rollbacks=Rollbacks(
                 hypervisor, catalog, inventory, snapshots, origins, captures, tasks, uses, roller, snapshots_max=64

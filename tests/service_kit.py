@@ -107,6 +107,9 @@ class FakeHypervisor:
     async def commit_pivot(self, uuid: GuestUuid, target: str) -> None:
         raise NotImplementedError
 
+    async def pull_start(self, uuid: GuestUuid, target: str) -> None:
+        raise NotImplementedError
+
     async def job(self, uuid: GuestUuid, target: str) -> JobView | None:
         return None
 

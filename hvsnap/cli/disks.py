@@ -40,6 +40,7 @@ class NewDisk:
     pool: str
     attach: tuple[str, str]
     force: bool
+    instant: bool = False
 
 
 def create(session: Session, wanted: NewDisk, *, detach: bool) -> int:
@@ -54,12 +55,17 @@ def create(session: Session, wanted: NewDisk, *, detach: bool) -> int:
         format=wanted.format,
         pool=wanted.pool,
         force=wanted.force,
+        instant=wanted.instant,
         attach={"guest": guest, "target": target} if guest or target else None,
     )
     with session.client() as client:
         task = client.post("/disks", wire.Task, request)
         if detach:
             session.answer(task, task.id)
+            return 0
+        if wanted.instant:
+            session.answer(task, path)
+            session.remark(f"it can be used now, and is filled in the background: {task.id}; `hvsnap watch` tells when")
             return 0
         return _finish(session, client, task, "disk-create", lambda ended: ended)
 

@@ -54,6 +54,9 @@ def disk_create(
     force: Annotated[
         bool, flag("--force", help="Write over TARGET: a file (in one step, at the end) or a block device.")
     ] = False,
+    instant: Annotated[
+        bool, flag("--instant", help="Return when the disk can be used; it is filled in the background.")
+    ] = False,
     detach: Detach = False,
 ) -> int:
     """Make a new disk of a snapshot or image.
@@ -63,7 +66,7 @@ def disk_create(
     """
     from hvsnap.cli import disks
 
-    wanted = disks.NewDisk(snapshot, target, image_format.value, pool, attach, force=force)
+    wanted = disks.NewDisk(snapshot, target, image_format.value, pool, attach, force=force, instant=instant)
     return disks.create(session, wanted, detach=detach)
 
 

@@ -27,6 +27,10 @@ class Owner(Hypervisor, Protocol):
         """Return dotted versions, by ``libvirt`` and ``qemu``."""
         ...
 
+    async def pull_start(self, uuid: GuestUuid, target: str) -> None:
+        """Let QEMU copy what lies below a disk's image into it."""
+        ...
+
     async def traits(self) -> Traits:
         """Return what its host is like."""
         ...
@@ -181,6 +185,10 @@ class Fleet:
     async def commit_pivot(self, uuid: GuestUuid, target: str) -> None:
         """Finish a ready commit."""
         await (await self._owner(uuid)).commit_pivot(uuid, target)
+
+    async def pull_start(self, uuid: GuestUuid, target: str) -> None:
+        """Let QEMU fill a disk's image from below."""
+        await (await self._owner(uuid)).pull_start(uuid, target)
 
     async def job(self, uuid: GuestUuid, target: str) -> JobView | None:
         """Return the block job on a disk."""

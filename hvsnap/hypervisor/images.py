@@ -35,6 +35,10 @@ _CLOCK_FAILED = "Unable to get accurate CPU usage"
 CREATIONS_MAX = 10
 
 
+RECONNECT_S = 60
+"""How long QEMU waits for an NBD server that has gone away, before the guest sees an error."""
+
+
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
     """What qemu-img says of one image. ``bitmaps`` are those stored in the image.
@@ -190,6 +194,27 @@ async def largest_size(image_format: str, size_bytes: int) -> int:
     """Return how many bytes an image of a disk takes once all of the disk was written to."""
     out = await run("qemu-img", "measure", "--output=json", "-O", image_format, "--size", str(size_bytes))
     return int(json.loads(out)["fully-allocated"])
+
+
+async def create_over_nbd(path: str, socket: str, size_bytes: int) -> None:
+    """Create an empty qcow2 overlay over what is served at a Unix socket; nothing is left behind when it fails.
+
+    Its QEMU comes back to a server that has to be started again.
+    """
+    server = {"type": "unix", "path": socket}
+    backing = {"driver": "raw", "file": {"driver": "nbd", "server": server, "reconnect-delay": RECONNECT_S}}
+    await asyncio.to_thread(_create_empty, path, None)
+    try:
+        below = ("-b", f"json:{json.dumps(backing)}", "-F", "raw")
+        await run("qemu-img", "create", "-q", "-f", "qcow2", *below, path, str(size_bytes))
+    except BaseException:
+        await asyncio.shield(remove(path))
+        raise
+
+
+async def flatten(path: str) -> None:
+    """Copy what an overlay has below it into it, until it needs nothing any more; may be repeated when interrupted."""
+    await run("qemu-img", "rebase", "-f", "qcow2", "-b", "", path)
 
 
 async def bitmap_add(

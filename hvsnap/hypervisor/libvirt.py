@@ -246,6 +246,10 @@ class LibvirtHypervisor:
         flags = libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT
         await self._on(uuid, lambda domain: domain.blockJobAbort(target, flags))
 
+    async def pull_start(self, uuid: GuestUuid, target: str) -> None:
+        """Let QEMU copy what lies below a disk's image into it; it ends by itself."""
+        await self._on(uuid, lambda domain: domain.blockPull(target, 0, 0))
+
     async def redefine_source(self, uuid: GuestUuid, target: str, layer_path: str, layer_format: str) -> None:
         """Point the persistent definition of a shut-off guest's disk at an image."""
 

@@ -46,7 +46,9 @@ class Nbdkit:
         mode = ["--filter=cow"] if self.writable else ["--readonly"]
         place = ["--unix", self.socket, "--pidfile", self.pid_file]
         parameters = [f"{key}={value}" for key, value in self.parameters.items()]
-        return ["nbdkit", "--foreground", *mode, *place, "--threads", "16", "python", self.plugin, *parameters]
+        # In the foreground nbdkit asks the kernel to be ended with its parent.
+        life = [] if self.outlives else ["--foreground"]
+        return ["nbdkit", *life, *mode, *place, "--threads", "16", "python", self.plugin, *parameters]
 
 
 def check_installed() -> None:
@@ -72,19 +74,26 @@ async def start(what: Nbdkit) -> int:
     )
     try:
         async with asyncio.timeout(START_TIMEOUT_S):
-            while not listens(what.socket):
-                if process.returncode is not None:
+            while (pid := await asyncio.to_thread(_up, what, process.pid)) is None:
+                if process.returncode is not None and (process.returncode or not what.outlives):
                     why = f"nbdkit ended with status {process.returncode}"
                     raise HypervisorFailed(why, hint="is nbdkit-plugin-python installed? Its own words are in our log")
                 await asyncio.sleep(POLL_S)
         await asyncio.to_thread(_open_to, what)
     except TimeoutError as error:
-        await end(process.pid, what)
+        await end(running(what) or process.pid, what)
         raise HypervisorFailed(f"nbdkit did not come up within {START_TIMEOUT_S:.0f} s") from error
     except BaseException:
         await asyncio.shield(end(process.pid, what))
         raise
-    return process.pid
+    return pid
+
+
+def _up(what: Nbdkit, pid: int) -> int | None:
+    """Return the process id of what serves at the socket, once it does. In the background that is not ours."""
+    if what.outlives:
+        return running(what)
+    return pid if listens(what.socket) else None
 
 
 def _clear(what: Nbdkit) -> None:

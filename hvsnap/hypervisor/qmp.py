@@ -240,6 +240,11 @@ class QmpHypervisor:
             await self._redirect.commit_pivot(target)
             await self._view()
 
+    async def pull_start(self, uuid: GuestUuid, target: str) -> None:
+        """Let QEMU copy what lies below a disk's image into it; it ends by itself."""
+        node = (await self._look.attachment(target)).format_node
+        await self._connection.execute("block-stream", **{"job-id": f"hvsnap-pull-{target}", "device": node})
+
     async def redefine_source(self, uuid: GuestUuid, target: str, layer_path: str, layer_format: str) -> None:
         """Remember which image a shut-off guest's disk has: its launcher never knew of another."""
         seen = await self._recalled()

@@ -294,9 +294,9 @@ class PolicyFailedEvent(EventMessage):
 
 
 class NewDiskEvent(EventMessage):
-    """A new disk was made of a snapshot."""
+    """A new disk was made of a snapshot; an instant one is filled, and needs the snapshot no more."""
 
-    type: Literal[EventType.DISK_CREATED]
+    type: Literal[EventType.DISK_CREATED, EventType.DISK_FILLED]
     payload: NewDiskPayload
 
 

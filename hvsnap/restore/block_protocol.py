@@ -4,7 +4,7 @@ The plugin asks, one request at a time on a connection; the daemon answers. All 
 
 ========= =================================================================================================
 request   magic, operation, snapshot's id, offset and length in bytes (:data:`REQUEST`)
-answer    status, length of what follows (:data:`ANSWER`): data, extents, a size, or in UTF-8 why it failed
+answer    status, length of what follows (:data:`ANSWER`): data, extents, or in UTF-8 why it failed
 extents   length in bytes and 1 for zeroes, 0 for data (:data:`EXTENT`), one after the other from the offset on
 ========= =================================================================================================
 
@@ -21,9 +21,8 @@ MAGIC = b"HVB1"
 REQUEST = Struct(">4sB16sQI")
 ANSWER = Struct(">BI")
 EXTENT = Struct(">QB")
-SIZE = Struct(">Q")
 
-READ, EXTENTS, GET_SIZE = 1, 2, 3
+READ, EXTENTS = 1, 2
 OK, FAILED, NOT_SERVED = 0, 1, 2
 
 READ_BYTES_MAX = 4 << 20

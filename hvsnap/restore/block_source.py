@@ -90,8 +90,6 @@ class BlockSource:
             if operation == protocol.EXTENTS:
                 runs = await source.extents(offset, length)
                 return protocol.OK, [b"".join(protocol.EXTENT.pack(count, zero) for count, zero in runs)]
-            if operation == protocol.GET_SIZE:
-                return protocol.OK, [protocol.SIZE.pack(source.size_bytes)]
         except HvsnapError as error:
             log.error("snapshot %s cannot be read at %d: %s", snapshot, offset, error.message)
             return protocol.FAILED, [error.message.encode()]

@@ -41,6 +41,7 @@ class _Daemon:
     def __init__(self) -> None:
         self.path = ""
         self.snapshot = ""
+        self.size_bytes = 0
         self.patience_s = 0.0
         self._idle: list[socket.socket] = []
         self._lock = threading.Lock()
@@ -119,11 +120,13 @@ def thread_model() -> int:
 
 
 def config(key: str, value: str) -> None:
-    """Take ``source=SOCKET``, ``snapshot=ID`` and ``patience=SECONDS``."""
+    """Take ``source=SOCKET``, ``snapshot=ID``, ``size=BYTES`` and ``patience=SECONDS``."""
     if key == "source":
         _daemon.path = os.path.abspath(value)
     elif key == "snapshot":
         _daemon.snapshot = value
+    elif key == "size":
+        _daemon.size_bytes = int(value)
     elif key == "patience":
         _daemon.patience_s = float(value)
     else:
@@ -132,8 +135,8 @@ def config(key: str, value: str) -> None:
 
 def config_complete() -> None:
     """Refuse to start with half of the parameters."""
-    if not _daemon.path or not _daemon.snapshot:
-        raise RuntimeError("source=SOCKET and snapshot=ID must be given")
+    if not _daemon.path or not _daemon.snapshot or not _daemon.size_bytes:
+        raise RuntimeError("source=SOCKET, snapshot=ID and size=BYTES must be given")
 
 
 def open(_readonly: bool) -> int:  # nbdkit's name
@@ -142,12 +145,8 @@ def open(_readonly: bool) -> int:  # nbdkit's name
 
 
 def get_size(_handle: int) -> int:
-    """Return the disk's size in bytes."""
-
-    def take(connection: socket.socket, length: int) -> int:
-        return int(protocol.SIZE.unpack(_exactly(connection, length))[0])
-
-    return _daemon.ask(protocol.GET_SIZE, 0, 0, take)
+    """Return the disk's size in bytes. It never changes, so that a guest starts while the daemon is being restarted."""
+    return _daemon.size_bytes
 
 
 def block_size(_handle: int) -> tuple[int, int, int]:

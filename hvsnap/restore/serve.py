@@ -71,6 +71,8 @@ def serve_directory(run_dir: Path) -> Path:
     try:
         directory.mkdir(mode=0o711, parents=True, exist_ok=True)
         directory.chmod(0o711)
+        # QEMU's user comes to its disks' sockets this way; what else is there is closed to it.
+        run_dir.chmod(stat.S_IMODE(run_dir.stat().st_mode) | 0o011)
     except OSError as error:
         hint = "check `socket` in the configuration, and the permissions of its directory"
         raise Failed(f"cannot use {directory}: {error.strerror}", hint=hint) from error
@@ -97,6 +99,10 @@ class SnapshotServer:
         await self._source.close()
         await self._cache.close()
 
+    def socket(self, name: str) -> str:
+        """Return the path of the socket of this name."""
+        return os.path.join(self._directory, name)
+
     async def open(
         self, snapshot: Snapshot, name: str, access: Access, *, writable: bool = False, outlives: bool = False
     ) -> Served:
@@ -105,11 +111,12 @@ class SnapshotServer:
         Raises :class:`Failed` where nbdkit is not installed, :class:`HypervisorFailed` if it does not come up.
         """
         what = Nbdkit(
-            socket=os.path.join(self._directory, name),
+            socket=self.socket(name),
             plugin=str(PLUGIN),
             parameters={
                 "source": self._source.path,
                 "snapshot": snapshot.id,
+                "size": str(snapshot.size_bytes),
                 "patience": str(PATIENCE_S if outlives else 0),
             },
             path=str(Path(hvsnap.__file__).parents[1]),
@@ -140,6 +147,13 @@ class SnapshotServer:
             served.watch.cancel()
         await nbdkit.end(served.pid, served.what)
         self._remove(served.snapshot)
+
+    async def end_named(self, name: str) -> None:
+        """End what serves at the socket of this name, whoever started it."""
+        what = Nbdkit(self.socket(name), str(PLUGIN), {}, "")
+        pid = await asyncio.to_thread(nbdkit.running, what)
+        if pid is not None:
+            await nbdkit.end(pid, what)
 
     def leave(self, served: Served) -> None:
         """Let what outlives us go on without us."""
@@ -172,7 +186,7 @@ class SnapshotServer:
 
 def _clear_dead(directory: Path) -> None:
     """Remove the sockets that nobody listens at any more, and the process ids beside them."""
-    for path in directory.iterdir():
+    for path in list(directory.glob("*.sock")):
         if stat.S_ISSOCK(path.lstat().st_mode) and not listens(str(path)):
             path.unlink(missing_ok=True)
             Path(f"{path}.pid").unlink(missing_ok=True)

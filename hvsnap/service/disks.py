@@ -14,6 +14,7 @@ from hvsnap.model import Progress
 from hvsnap.restore.disk import NewDisk, Order, Plan
 from hvsnap.restore.target import is_device
 from hvsnap.service.attaching import Attaching
+from hvsnap.service.instants import Instants
 from hvsnap.service.origins import Origins
 from hvsnap.service.requests import DiskRequest
 from hvsnap.service.tasks import TaskRun, Tasks, TaskView
@@ -68,6 +69,7 @@ class Disks:
         tasks: Tasks,
         uses: Uses,
         maker: Maker,
+        instants: Instants,
         *,
         own_directories: Sequence[str],
     ) -> None:
@@ -77,6 +79,7 @@ class Disks:
         self._tasks = tasks
         self._uses = uses
         self._maker = maker
+        self._instants = instants
         self._forbidden = (*_NEVER_BELOW, *own_directories)
 
     async def create(self, request: DiskRequest) -> TaskView:
@@ -90,6 +93,8 @@ class Disks:
         attach = None if request.attach is None else await self._attaching.check(*request.attach)
         order = Order(row.id, path, request.format, request.force, request.pool, made_of, attach)
         plan = await self._maker.check(order)
+        if request.instant:
+            return await self._instants.create(order, plan)
         disk = await self._catalog.disk(row.disk)
 
         async def work(run: TaskRun) -> wire.DiskCreated:

@@ -17,7 +17,7 @@ from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import HvsnapError, NotFound
 from hvsnap.guard import ROLLBACK, StartGuard
 from hvsnap.model import DiskId, Operation, OperationId, Progress, SnapshotId, State
-from hvsnap.restore import disk, export, rollback
+from hvsnap.restore import disk, export, instant, rollback
 from hvsnap.service.uses import Uses
 
 log = logging.getLogger(__name__)
@@ -214,6 +214,8 @@ class Recovery:
             detail = "the file is whole" if whole else "what was half-written is removed"
         elif operation.kind == disk.KIND and operation.step == disk.Step.NAMED:
             outcome, detail = "finished", "the disk is whole"
+        elif operation.kind == instant.KIND:
+            outcome, detail = "finished", "the disk is whole, or gone"
         elif operation.kind == disk.ATTACH_KIND:
             outcome, detail = "finished", "the disk is attached, or an event says why not"
         elif operation.kind == disk.KIND:

@@ -66,7 +66,7 @@ class DiskRequest:
     """Make a new disk of a snapshot or image (SERVICE 7.1).
 
     ``path`` is absolute and must not exist, or only with ``force``; with ``pool`` it is the name of a new volume.
-    ``attach`` is a guest and a target.
+    ``attach`` is a guest and a target. ``instant``: it can be used at once, and is filled meanwhile (SERVICE 7.2).
     """
 
     snapshot: str
@@ -75,6 +75,7 @@ class DiskRequest:
     force: bool = False
     pool: str = ""
     attach: tuple[str, str] | None = None
+    instant: bool = False
 
 
 class CapturesPort(Protocol):

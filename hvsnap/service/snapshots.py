@@ -11,7 +11,7 @@ from hvsnap.errors import BadRequest, Refused, SnapshotInUse, SnapshotLocked, Sn
 from hvsnap.happenings import EventType, snapshot_payload
 from hvsnap.model import Disk, Operation, Snapshot, SnapshotId, State
 from hvsnap.ports import Clock
-from hvsnap.restore import rollback
+from hvsnap.restore import instant, rollback
 from hvsnap.service import views
 from hvsnap.service.freeing import plan_deletion
 from hvsnap.service.inventory import Inventory
@@ -24,13 +24,19 @@ ID_LENGTH_MAX = 64
 
 
 def check_unused(ids: Sequence[SnapshotId], progressing: Sequence[Snapshot], journal: Sequence[Operation]) -> None:
-    """Refuse a deletion that a running capture or an open rollback stands in the way of (SERVICE 4.6)."""
+    """Refuse a deletion that a running capture, an open rollback or an instant disk stands in the way of.
+
+    SERVICE 4.6.
+    """
     for operation in journal:
         if operation.kind == rollback.KIND and operation.facts.get("snapshot") in ids:
             why = f"disk {operation.facts.get('disk')} is being rolled back to {operation.facts['snapshot']}"
             raise SnapshotInUse(
                 why, hint="try again when that has ended; `hvsnap recover` goes on with an interrupted one"
             )
+        if operation.kind == instant.KIND and operation.facts.get("snapshot") in ids:
+            why = f"{operation.facts.get('target')} is still being filled from {operation.facts['snapshot']}"
+            raise SnapshotInUse(why, hint="wait until it is whole (`hvsnap watch`), or remove that disk")
     for snapshot in progressing:
         if snapshot.id in ids:
             hint = "wait for it, or end it with Ctrl-C where it was asked for"

@@ -89,10 +89,7 @@ class Tasks:
 
     def start(self, kind: str, subject: str, work: Work, *, guest: str = "") -> TaskView:
         """Start work and return its task at once. Raises :class:`Busy` and :class:`Stopping`."""
-        if self._stopping:
-            raise Stopping("the daemon is stopping")
-        if len(self._running) >= RUNNING_MAX:
-            raise Busy(f"{len(self._running)} tasks are running already", hint="try again when one has finished")
+        self.check_room()
         view = TaskView(new_id("t"), kind, subject, TaskState.RUNNING, self._clock.now(), guest=guest)
         run = TaskRun(view, self._publisher)
         self._running[view.id] = run
@@ -100,6 +97,13 @@ class Tasks:
         # A task that is cancelled before its first step never enters its own handlers.
         run.task.add_done_callback(lambda _task: self._ended(run))
         return view
+
+    def check_room(self) -> None:
+        """Raise :class:`Busy` or :class:`Stopping` where :meth:`start` would."""
+        if self._stopping:
+            raise Stopping("the daemon is stopping")
+        if len(self._running) >= RUNNING_MAX:
+            raise Busy(f"{len(self._running)} tasks are running already", hint="try again when one has finished")
 
     def get(self, task_id: str) -> TaskView:
         """Return a task, running or finished; raises :class:`NotFound`."""

@@ -15,6 +15,7 @@ from typing import Any
 from hvsnap.capture.record import DiskPlan, Recorder
 from hvsnap.hypervisor.libvirt import LibvirtHypervisor
 from hvsnap.restore.fill import Filler
+from hvsnap.restore.instant import InstantDisks
 from hvsnap.restore.rollback import Rollback
 from tests import run_daemon
 from tests.e2e import broken
@@ -32,7 +33,7 @@ async def pass_gate(name: str, who: str) -> None:
 
 
 def install_gates() -> None:
-    """Put gates before a disk is read, the disks are switched, the snapshot is accomplished; and within rollbacks."""
+    """Put gates before a disk is read, disks are switched, a snapshot is accomplished; in rollbacks, before fills."""
     record, switch, accomplish = Recorder.record, LibvirtHypervisor.switch_to_overlays, Recorder.accomplish
 
     async def gated_record(self: Recorder, plan: DiskPlan) -> Any:
@@ -46,6 +47,14 @@ def install_gates() -> None:
     async def gated_accomplish(self: Recorder, operation: Any, *rest: Any) -> None:
         await pass_gate("accomplish", operation)
         await accomplish(self, operation, *rest)
+
+    until_whole = InstantDisks._until_whole
+
+    async def gated_until_whole(self: InstantDisks, operation: Any, *rest: Any) -> None:
+        await pass_gate("fill", operation.id)
+        await until_whole(self, operation, *rest)
+
+    InstantDisks._until_whole = gated_until_whole  # type: ignore[method-assign]
 
     verify, start_bitmap = Filler.verify, Rollback._start_bitmap
 

@@ -38,6 +38,7 @@ PAYLOADS: dict[EventType, dict[str, Any]] = {
     EventType.POLICY_MISSED: {"policy": "nightly", "missed": 2, "last": "2026-06-01T02:00:00Z"},
     EventType.POLICY_FAILED: disk_payload(DISK) | {"policy": "nightly", "error": "no space"},
     EventType.DISK_CREATED: NEW_DISK,
+    EventType.DISK_FILLED: NEW_DISK,
     EventType.DISK_CREATE_FAILED: NEW_DISK | {"error": "no space"},
     EventType.DISK_ATTACH_FAILED: NEW_DISK | {"error": "there is a vdb already"},
     EventType.IMAGE_CREATED: IMAGE,
