@@ -111,6 +111,7 @@ def rekey(session: Session, new_key_file: str) -> None:
 def rebuilt(answer: wire.StoreRebuilt) -> str:
     """Return what a rebuild found."""
     what = f"{count(answer.snapshots, 'snapshot')} of {count(answer.disks, 'disk')}"
+    what += f", {count(answer.images, 'image')}" if answer.images else ""
     lines = [f"{what}; {count(answer.blocks, 'block')} in {count(answer.packs, 'pack')}"]
     lines += [f"damaged: {safe(what)}" for what in answer.damaged]
     lines += [f"lost: {snapshot}" for snapshot in answer.lost]
