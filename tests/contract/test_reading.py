@@ -132,15 +132,16 @@ async def test_of_a_block_in_two_packs_the_whole_one_is_found(
     rng, disks = seeded(), Disks()
     await disks.add(writer, "vda")
     contents = [a_block(rng, "noise") for _ in range(40)]
-    for _round in range(3):  # stored, dropped while a neighbour of the pack lives on, stored again
+    for turn in range(3):  # stored, dropped while a neighbour of the pack lives on, stored again
         for number, content in enumerate(contents):
             disks.write("vda", number, content)
-        disks.write("vda", 100 + _round, a_block(rng, "noise"))
+        for number in range(len(contents)):  # of each pack these live on: it is not rewritten
+            disks.write("vda", 100 * (turn + 1) + number, a_block(rng, "noise"))
         full = await disks.take(writer, "vda")
         for number in range(len(contents)):
             disks.write("vda", number, bytes(65536))
         await disks.take(writer, "vda")
-        if _round < 2:
+        if turn < 2:
             await disks.delete(writer, full)
             await writer.sweeper.sweep()
     (tmp_path / "reader").mkdir()
