@@ -23,9 +23,9 @@ MIB = 1 << 20
 class CommandLine:
     """``hvsnap`` with a configuration, and ``hvsnap daemon`` beside it."""
 
-    def __init__(self, directory: Path, uri: str) -> None:
+    def __init__(self, directory: Path, uri: str, **tables: str) -> None:
         self.directory = directory
-        self._rig = Daemon(directory, uri)
+        self._rig = Daemon(directory, uri, **tables)
         self._log = (directory / "out.log").open("ab")
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -145,3 +145,60 @@ def test_an_old_copy_of_the_store_is_noticed(
     finally:
         daemon.stop()
         hvsnap.close()
+
+
+def test_the_host_burns_and_another_goes_on_with_the_store_and_the_key(
+    libvirtd: Libvirtd, make_guest: Callable[..., Guest], workdir: Path
+) -> None:
+    """The drill of docs/disaster-recovery.md: catalog, configuration and images are gone, the guests go on."""
+    safe, old, new = workdir / "safe", workdir / "old", workdir / "new"
+    for place in (safe, old, new):
+        place.mkdir()
+        place.chmod(0o755)
+    (safe / "key").write_text(Random(5).randbytes(32).hex())
+    (safe / "key").chmod(0o600)
+    tables = {"store": f'url = "file://{safe / "store"}"\n[store.encryption]\nkey_file = "{safe / "key"}"'}
+    images = [make_image(old / f"{name}.qcow2", "32M") for name in "ab"]
+    guest = make_guest([DiskSpec(image) for image in images])
+    burning = CommandLine(old, libvirtd.uri, **tables)
+    burning.start_daemon()
+    states: dict[str, bytes] = {}
+    for seed in range(2):
+        for image in images:
+            write(image, f"write -s {noise(workdir, seed)} {seed * 3}M 2M")
+        made = burning.ok("snapshot-create", guest.name, "--group", "-q", "--name", f"n{seed}").split()
+        states |= {one: raw(image, workdir / "raw") for one, image in zip(made, images, strict=True)}
+    burning.end_daemon()  # killed, its lease on the store would have to expire first: a minute
+    burning.close()
+    shutil.rmtree(old)
+
+    hvsnap = CommandLine(new, libvirtd.uri, **tables)
+    try:
+        refused = hvsnap("daemon")
+        assert (refused.status, "store-rebuild" in refused.err) == (1, True), refused
+        told = json.loads(hvsnap.ok("store-rebuild", "--json"))
+        assert (told["snapshots"], told["disks"], told["damaged"], told["lost"]) == (4, 2, [], [])
+        hvsnap.start_daemon()
+        for snapshot, state in states.items():
+            hvsnap.ok("disk-create", snapshot, f"{snapshot}.raw", "--format", "raw")
+            assert (new / f"{snapshot}.raw").read_bytes() == state
+        # The guests' disks where they were, and the guests go on.
+        old.mkdir(mode=0o755)
+        for snapshot, image in zip(list(states)[2:], images, strict=True):
+            hvsnap.ok("disk-create", snapshot, str(image))
+            image.chmod(0o666)
+        guest.start()
+        guest.qemu_io(0, "write -P 7 20M 1M")
+        guest.qemu_io(0, "flush")
+        parents = list(states)[2:]
+        again = hvsnap.ok("snapshot-create", guest.name, "-q").split()
+        for snapshot, parent in zip(again, parents, strict=True):
+            info = json.loads(hvsnap.ok("snapshot-info", snapshot, "--json"))
+            assert (info["kind"], info["parent"], info["method"]) == ("incremental", parent, "rescan")
+        hvsnap.ok("disk-create", again[0], "after.raw", "--format", "raw")
+        expected = bytearray(states[parents[0]])
+        expected[20 * MIB : 21 * MIB] = b"\x07" * MIB
+        assert (new / "after.raw").read_bytes() == expected
+        assert "sound" in hvsnap.ok("store-check")
+    finally:
+        hvsnap.close()
