@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 from hvsnap import __version__, wire
@@ -22,6 +22,7 @@ from hvsnap.errors import Failed, HvsnapError
 from hvsnap.happenings import EventType
 from hvsnap.house import House, SystemClock, assembled
 from hvsnap.metrics import Metrics, Sources
+from hvsnap.reloading import Reloader
 from hvsnap.server import HttpServer, listen, listen_tcp
 from hvsnap.systemd import keep_alive, notify, set_up_logging
 
@@ -31,10 +32,13 @@ SHUTDOWN_S = 25.0
 """Open captures get this long to bring their guests back; the rest of the end needs a few seconds more."""
 
 
-def run(settings: Settings) -> None:
-    """Run the daemon in the foreground until SIGTERM or SIGINT. Raises :class:`HvsnapError` when it cannot start."""
+def run(settings: Settings, read: Callable[[], Settings] | None = None) -> None:
+    """Run the daemon in the foreground until SIGTERM or SIGINT; SIGHUP lets it ``read`` its configuration again.
+
+    Raises :class:`HvsnapError` when it cannot start.
+    """
     set_up_logging()
-    asyncio.run(_run_until_signal(settings))
+    asyncio.run(_run_until_signal(settings, read or (lambda: settings)))
 
 
 def recover(settings: Settings) -> wire.Recovery:
@@ -47,17 +51,21 @@ def recover(settings: Settings) -> wire.Recovery:
     return asyncio.run(work())
 
 
-async def _run_until_signal(settings: Settings) -> None:
+async def _run_until_signal(settings: Settings, read: Callable[[], Settings]) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await serve(settings, stop)
-
-
-async def serve(settings: Settings, stop: asyncio.Event, ready: Callable[[], None] = lambda: None) -> None:
-    """Run until ``stop`` is set; ``ready`` is called once the socket answers."""
     doorkeeper = Doorkeeper(Access.of(settings.api))
+    reloader = Reloader(read, settings, doorkeeper)
+    loop.add_signal_handler(signal.SIGHUP, reloader.ask)
+    await serve(settings, stop, doorkeeper, reloader.run)
+
+
+async def serve(
+    settings: Settings, stop: asyncio.Event, doorkeeper: Doorkeeper, reload: Callable[[], Coroutine[None, None, None]]
+) -> None:
+    """Run until ``stop`` is set; ``reload`` is the loop that reads the configuration again."""
     async with assembled(settings) as house:
         if house.mqtt is not None:
             await house.mqtt.check()
@@ -75,6 +83,7 @@ async def serve(settings: Settings, stop: asyncio.Event, ready: Callable[[], Non
             asyncio.create_task(house.lease.keep(), name="lease"),
             asyncio.create_task(house.service.hooks.run(), name="hooks"),
             asyncio.create_task(keep_alive(), name="watchdog"),
+            asyncio.create_task(reload(), name="reload"),
             *_of_a_writer(house),
             *measured,
         ]
@@ -85,7 +94,6 @@ async def serve(settings: Settings, stop: asyncio.Event, ready: Callable[[], Non
             await server.started()
             async with house.catalog.write() as tx:
                 await tx.emit(EventType.DAEMON_ONLINE, {"host": settings.host_id, "version": __version__})
-            ready()
             notify("READY=1")
             log.info("hvsnap %s answers at %s", __version__, settings.socket)
             await _until_stopped(stop, serving, [*loops, *mqtt])

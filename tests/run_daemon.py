@@ -11,7 +11,7 @@ from hvsnap.errors import HvsnapError
 
 def main() -> int:
     try:
-        daemon.run(config.load(Path(sys.argv[1])))
+        daemon.run(config.load(Path(sys.argv[1])), lambda: config.load(Path(sys.argv[1])))
     except HvsnapError as error:
         sys.stderr.write(f"{error.message}\n{error.hint}\n")
         return error.exit_status

@@ -29,7 +29,7 @@ def daemon(session: Session) -> None:
     """Run the daemon until SIGTERM."""
     from hvsnap import daemon as daemon_module  # noqa: PLC0415 - it brings every room of the house
 
-    daemon_module.run(session.settings())
+    daemon_module.run(session.settings(), session.settings)
 
 
 # -- recovery -------------------------------------------------------------------------------------

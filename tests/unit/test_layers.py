@@ -87,6 +87,7 @@ ROOMS = {
     "house": Layer.DAEMON,
     "prestart": Layer.DAEMON,
     "rebuilding": Layer.DAEMON,
+    "reloading": Layer.DAEMON,
     "cli": Layer.COMMAND_LINE,
 }
 
