@@ -28,7 +28,7 @@ def snapshot_serve(
 ) -> int:
     """Serve a snapshot as a disk, and print its NBD URI, until Ctrl-C.
 
-    Clients of NBD (guestfish, nbdcopy, qemu-img, nbdfuse) read it without its being restored. It cannot be deleted
+    Clients of NBD (nbdcopy, qemu-img, nbdfuse) read it without its being restored. It cannot be deleted
     meanwhile.
     """
     from hvsnap.cli import serving

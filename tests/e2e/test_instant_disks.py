@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
@@ -20,6 +22,13 @@ from tests.guest.image import GuestImage
 from tests.guest.libvirtd import host_pids, wait_for
 
 SIZE = 48 << 20
+
+
+@pytest.fixture(autouse=True)
+def nothing_outlives_the_test(workdir: Path) -> Iterator[None]:
+    yield
+    for pid in host_pids("nbdkit", str(workdir)):
+        os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture
