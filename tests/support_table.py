@@ -20,7 +20,10 @@ WAYS = {
     "bare redirect": Way(Mode.REDIRECT, bare=True),
     "bare offline": Way(Mode.OFFLINE, bare=True),
 }
-TRAITS = {column: ImageTraits(encrypted=column == "LUKS", secret=column == "LUKS") for column in COLUMNS}
+TRAITS = dict.fromkeys(COLUMNS, ImageTraits()) | {
+    "qcow2 with a data file": ImageTraits(data_file=True),
+    "LUKS": ImageTraits(encrypted=True, secret=True),
+}
 """What the rules see of each column's images; libvirt names the secret of one."""
 
 PLAIN = COLUMNS[:4]

@@ -56,6 +56,8 @@ class ImageInfo:
     holds_bitmaps: bool
     dirty: bool = False
     """Written to and not closed in good order; only images made with lazy reference counts say so."""
+    data_file: bool = False
+    """The guest's data is in a file of its own, beside the image (qcow2's ``data_file``)."""
 
     def bitmap(self, name: str) -> Bitmap | None:
         """Return the bitmap of that name."""
@@ -93,6 +95,7 @@ async def image_info(path: str, image_format: str) -> ImageInfo:
         # Version 2 of qcow2 ("compat 0.10") has no extensions, and so no bitmaps.
         holds_bitmaps=raw["format"] == "qcow2" and specific.get("compat") != "0.10",
         dirty=bool(raw.get("dirty-flag")),
+        data_file="data-file" in specific,
     )
 
 

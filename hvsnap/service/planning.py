@@ -15,12 +15,13 @@ from hvsnap.capture.impact import Watch
 from hvsnap.capture.plan import decide
 from hvsnap.capture.record import DiskPlan, Recorder
 from hvsnap.capture.space import SpaceLimits
+from hvsnap.capture.support import ImageTraits, Way, refusal
 from hvsnap.capture.throttle import Throttle
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import ForeignJob, Refused
 from hvsnap.guard import StartGuard
 from hvsnap.hypervisor import images
-from hvsnap.model import Bitmap, Disk, OperationId, Progress, Snapshot
+from hvsnap.model import Bitmap, Disk, GuestView, OperationId, Progress, Snapshot
 from hvsnap.ports import Clock, Hypervisor
 from hvsnap.service.inventory import Found
 from hvsnap.service.lanes import Run
@@ -81,7 +82,6 @@ class Planner:
         """Plan a run against the present, and write it into the journal."""
         guest = await self._hypervisor.guest(run.guest)
         mode = Mode.OFFLINE if not guest.active else Mode.FLEECE if guest.fleece else Mode.REDIRECT
-        secrets = {disk.target: disk.secret for disk in guest.disks}
         targets = [disk.target for disk in run.disks]
         budget_pct = self._settings.impact_budget_pct
         watch = Watch(self._hypervisor, run.guest, targets, self._clock, budget_pct, self._limit)
@@ -90,7 +90,7 @@ class Planner:
         plans = []
         for disk_row, snapshot in zip(run.disks, run.snapshots, strict=True):
             disk = await self._catalog.disk(disk_row.id)
-            plans.append(await self._plan(disk, snapshot, mode, run, secrets.get(disk.target, "")))
+            plans.append(await self._plan(disk, snapshot, mode, run, guest))
         facts = CaptureFacts(mode, tuple(plan.captured for plan in plans))
         async with self._catalog.write() as tx:
             for plan in plans:
@@ -114,9 +114,16 @@ class Planner:
         capture = Capture(self._hypervisor, self._freezer, self._catalog, recorder, self._guard, order, watch)
         return operation.id, capture
 
-    async def _plan(self, disk: Disk, snapshot: Snapshot, mode: Mode, run: Run, secret: str) -> DiskPlan:
+    async def _plan(self, disk: Disk, snapshot: Snapshot, mode: Mode, run: Run, guest: GuestView) -> DiskPlan:
         """Decide how one disk is captured; raises :class:`ForeignJob` when somebody else is at work on it."""
         info = await images.image_info(disk.source, disk.format)
+        secret = next((view.secret for view in guest.disks if view.target == disk.target), "")
+        # The guest may have been started since the request was admitted.
+        image = ImageTraits(info.encrypted, secret=bool(secret), data_file=info.data_file)
+        where = f"disk {disk.target} of {disk.guest_name}"
+        why = refusal(where, Way(mode, bare=guest.instance is not None), image, sealed=self._store.repository.sealed)
+        if why is not None:
+            raise why
         bitmaps: Sequence[Bitmap] = info.bitmaps
         if mode is not Mode.OFFLINE:
             job = await self._hypervisor.job(run.guest, disk.target)

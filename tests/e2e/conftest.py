@@ -39,9 +39,14 @@ def make_rig(
     """Start a guest (with an operating system only if ``image`` is given) and a daemon."""
 
     def make(
-        disks: list[DiskSpec], image: GuestImage | None = None, fault: str = "", agent: bool = False, **config: str
+        disks: list[DiskSpec],
+        image: GuestImage | None = None,
+        fault: str = "",
+        agent: bool = False,
+        emulator: str = "",
+        **config: str,
     ) -> Rig:
-        guest = make_guest(disks, image, agent=agent).start()
+        guest = make_guest(disks, image, agent=agent, emulator=emulator).start()
         return Rig(guest, make_daemon(fault, **config), workdir)
 
     return make

@@ -9,6 +9,7 @@ import pytest
 
 from hvsnap.cli.client import DaemonError
 from tests import support_table
+from tests.e2e.rig import TestDisk
 from tests.e2e.test_support_table import SEED, SIZE, run_cells
 from tests.e2e_bare.conftest import MakeRig
 from tests.e2e_bare.rig import BareRig
@@ -24,19 +25,19 @@ class LuksDisk(BareDisk):
         return opened_luks(self.path, Secret("", passphrase_file(self.path.parent)))
 
 
-def check_refused(rig: BareRig, way: str) -> None:
+def check_refused(rig: BareRig, columns: dict[str, TestDisk], way: str) -> None:
     """Try the cells that the table calls refused."""
     before = rig.daemon.status().snapshots
-    for words in support_table.refused(way).values():
+    for column, words in support_table.refused(way).items():
         with pytest.raises(DaemonError) as caught:
-            rig.daemon.begin(rig.guest.name, ["luks"])
+            rig.daemon.begin(rig.guest.name, [columns[column].target])
         assert (caught.value.error.code, caught.value.error.exit_status) == ("refused", 4)
         assert words in caught.value.error.message
     assert rig.daemon.status().snapshots == before
 
 
 @pytest.mark.parametrize("mode", ["fleece", "redirect"])
-def test_bare_cells(make_rig: MakeRig, workdir: Path, sealed: dict[str, str], mode: str) -> None:
+def test_bare_cells(make_rig: MakeRig, workdir: Path, sealed: dict[str, str], mode: str, emulator: str) -> None:
     print(f"seed {SEED}")
     random = Random(f"{mode} {SEED}")
     disks = [
@@ -46,14 +47,17 @@ def test_bare_cells(make_rig: MakeRig, workdir: Path, sealed: dict[str, str], mo
     secret = Secret("", passphrase_file(workdir))
     by_key = ",encrypt.format=luks,encrypt.key-secret=key"
     luks = LuksDisk(make_luks(workdir / "luks.qcow2", str(SIZE), secret), id="luks", node_extra=by_key)
-    rig = make_rig([*disks, luks], mode, extra=secret.object, tables=sealed)
+    rig = make_rig([*disks, luks], mode, extra=secret.object, tables=sealed, qemu=[emulator])
     columns = dict(zip(support_table.COLUMNS, rig.disks, strict=True))
     for way in (f"bare {mode}", "bare offline"):
-        run_cells(rig, columns, way, random)
-        check_refused(rig, way)
+        # QEMU 7.2 aborts at times when its monitor is made to write to a raw disk while an overlay is merged.
+        run_cells(rig, columns, way, random, storm=mode == "fleece")
+        check_refused(rig, columns, way)
         if rig.guest.active:
             rig.guest.quit()
-    for disk in rig.disks[:4]:
-        assert len(disk.states) == 4
-        rig.check_snapshots(disk)
-        rig.roll_back(disk, random.choice(list(disk.states)), safety_snapshot=False)
+    for column, disk in columns.items():
+        ways = [way for way in (f"bare {mode}", "bare offline") if column not in support_table.refused(way)]
+        assert len(disk.states) == 2 * len(ways)
+        if ways:
+            rig.check_snapshots(disk)
+            rig.roll_back(disk, random.choice(list(disk.states)), safety_snapshot=False)

@@ -69,6 +69,7 @@ class Guest(Shell):
         image: GuestImage | None = None,
         *,
         agent: bool = True,
+        emulator: str = "",
     ) -> None:
         super().__init__(name, directory)
         self.libvirtd = libvirtd
@@ -76,6 +77,7 @@ class Guest(Shell):
         self.disks = disks
         self._image = image
         self._agent = agent
+        self._emulator = f"<emulator>{emulator}</emulator>" * os.path.isabs(emulator)
 
     # -- life -------------------------------------------------------------------------------------
 
@@ -163,7 +165,7 @@ class Guest(Shell):
 <domain type='{kind}'><name>{self.name}</name><uuid>{self.uuid}</uuid><memory unit='MiB'>192</memory><vcpu>1</vcpu>
 {threads}<os><type arch='x86_64' machine='q35'>hvm</type>{boot}</os><features><acpi/></features>
 <on_poweroff>destroy</on_poweroff><on_reboot>restart</on_reboot><on_crash>destroy</on_crash>
-<devices>{disks}{scsi}<controller type='usb' model='none'/><memballoon model='none'/>{agent}
+<devices>{self._emulator}{disks}{scsi}<controller type='usb' model='none'/><memballoon model='none'/>{agent}
 <channel type='unix'><source mode='bind' path='{self.ports}/command'/>
 <target type='virtio' name='hvsnap.command'/></channel>
 <channel type='file'><source path='{self.log}' append='on'/><target type='virtio' name='hvsnap.log'/></channel>
