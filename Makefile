@@ -16,6 +16,8 @@ export PYTHONUNBUFFERED := 1
 ARGS ?=
 # Where: make test TESTS=tests/unit
 TESTS ?= tests
+# How many test files at once: guests boot and agents answer in their own time, so that two fit onto two processors.
+JOBS ?= $(shell nproc)
 
 .PHONY: help setup check test demo bench clean
 
@@ -42,7 +44,7 @@ check: $(VENV)/.ready-demo ## style, types, layers, documents: a few seconds
 
 test: $(VENV)/.ready-test ## every test, with real QEMU, libvirt, broker and Ceph; as root or through sudo
 	$(if $(AS_ROOT),@echo "the tests start a private libvirtd: using sudo")
-	$(AS_ROOT) $(PYTHON) -m pytest $(TESTS) $(ARGS)
+	$(AS_ROOT) $(PYTHON) -m pytest -n $(JOBS) --dist loadfile $(TESTS) $(ARGS)
 
 demo: $(VENV)/.ready-demo ## a real guest, snapshots under load, back again; disturbs nothing that runs already
 	$(if $(AS_ROOT),@echo "the demo starts a private libvirtd: using sudo")
