@@ -48,7 +48,8 @@ class UsageReports:
         """
         now = self._clock.now()
         end = now if until is None else min(until, now)
-        start = end - INTERVAL_S if since is None else since
+        # Not before 1970: nothing is known of it, and a calendar ends somewhere.
+        start = max(0.0, end - INTERVAL_S if since is None else since)
         if start >= end:
             raise BadRequest("the interval is empty", hint="give a --since before --until, and before now")
         with contextlib.suppress(HvsnapError):  # a full device: what was noted before is told all the same

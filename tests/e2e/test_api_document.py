@@ -6,6 +6,7 @@ there is. They go to a real daemon, over its socket.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -18,8 +19,10 @@ from typing import Any
 import pytest
 import requests
 import schemathesis
-from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.errors import Unsatisfiable
 from requests.adapters import HTTPAdapter
+from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -127,9 +130,8 @@ PLURAL = {"snapshots": "snapshot", "ids": "snapshot", "disks": "disk", "chains":
           "tasks": "task", "images": "image", "path": "path", "target": "path", "guest": "guest"}  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def real_names(desk: Desk) -> None:
-    print(f"E2E_SEED={SEED}")
+def look(desk: Desk) -> None:
+    """Learn what exists now."""
     for collection, kind in PLURAL.items():
         REAL[kind] = desk.known(collection) or REAL.get(kind, [])
     REAL.update(guest=[GUEST], path=[str(desk.directory / f"made-{len(os.listdir(desk.directory))}")])
@@ -160,16 +162,42 @@ def map_body(_context: schemathesis.HookContext, body: Any) -> Any:
     return {name: real(name, value) for name, value in body.items()} if isinstance(body, dict) else body
 
 
-@schema.parametrize()
-@seed(SEED)
-@settings(
-    max_examples=EXAMPLES,
-    database=None,
-    deadline=None,
-    phases=[Phase.explicit, Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
-def test_every_answer_is_as_the_document_says(case: schemathesis.Case, desk: Desk) -> None:
+OPERATIONS = {one.ok().label: one.ok() for one in schema.get_all_operations()}
+
+
+# Not by schemathesis's own parametrize: its tests all have one id, of which pytest-xdist runs one.
+@pytest.mark.parametrize("label", list(OPERATIONS))
+def test_every_answer_is_as_the_document_says(label: str, desk: Desk) -> None:
+    print(f"E2E_SEED={SEED}")
+    look(desk)
+    asked = 0
+    for boundary in schema.iter_coverage_cases(
+        OPERATIONS[label], generation_modes=list(GenerationMode), generation_config=schema.config.generation
+    ):
+        check(boundary, desk)
+    for mode in GenerationMode:
+
+        @seed(SEED)
+        @settings(
+            max_examples=EXAMPLES,
+            database=None,
+            deadline=None,
+            phases=[Phase.explicit, Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=OPERATIONS[label].as_strategy(generation_mode=mode))
+        def ask(case: schemathesis.Case) -> None:
+            nonlocal asked
+            asked += 1
+            check(case, desk)
+
+        with contextlib.suppress(Unsatisfiable):  # nothing can be wrong about a call without parameters
+            ask()
+    assert asked > 0
+
+
+def check(case: schemathesis.Case, desk: Desk) -> None:
+    """Send a request, and hold the answer against the document."""
     if case.operation.path == EVENTS:
         wanted = case.as_transport_kwargs(base_url="http://hvsnap")
         with desk.session.request(**wanted, stream=True, timeout=20) as response:
