@@ -150,8 +150,8 @@ def bitmap_ignored_in_rollback() -> None:
     """A rollback writes where snapshots differ, and not what the guest wrote since."""
     whole = Rollback._from_bitmap
 
-    async def broken(self: Rollback, disk: Any, head: Any, target: Any, bitmap: str) -> BlockSet:
-        found = await whole(self, disk, head, target, bitmap)
+    async def broken(self: Rollback, *arguments: Any) -> BlockSet:
+        found = await whole(self, *arguments)
         return BlockSet(found.blocks)
 
     Rollback._from_bitmap = broken  # type: ignore[method-assign]

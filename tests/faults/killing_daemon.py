@@ -251,8 +251,8 @@ def _bad_sectors(control: Path) -> None:
     async def damaged(*command: str, **options: Any) -> Any:
         bad = control.with_suffix(".bad")
         if "qemu-nbd" in command and "--read-only" in command and bad.exists():
-            at = command.index("--format")
             below = f"file.driver=blkdebug,file.image.driver=file,file.image.filename={command[-1]},{bad.read_text()}"
+            at = command.index("-f")
             image = f"driver={command[at + 1]},{below}"
             command = (*command[:at], *command[at + 2 : -1], "--image-opts", image)
         return await create(*command, **options)

@@ -63,7 +63,12 @@ class Scene:
         except CatalogFailed:
             self.outcomes["refused"] += 1
             return
-        store = await open_store(self.objects, catalog)
+        try:
+            store = await open_store(self.objects, catalog)
+        except CatalogFailed:
+            self.outcomes["refused"] += 1
+            await catalog.close()
+            return
         try:
             await self._use(House(catalog, store, self.objects))
         finally:

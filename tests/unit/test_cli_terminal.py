@@ -292,7 +292,7 @@ async def test_tab_completes_commands_options_and_names(desk: Desk) -> None:
     terminal = await shell(desk)
     for typed, completed in [
         ("snapshot-cr", "snapshot-create "),
-        ("help disk-r", "help disk-rollback "),
+        ("help disk-ro", "help disk-rollback "),
         ("snapshot-create we", "snapshot-create web01 "),
         ("snapshot-create web01 v", "snapshot-create web01 vda "),
         ("chain-info web01/", "chain-info web01/vda "),
