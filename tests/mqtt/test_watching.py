@@ -49,7 +49,9 @@ async def away(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def terminal(broker: Broker, *options: str) -> pexpect.spawn[str]:
-    environment = {**os.environ, "TERM": "xterm", "TZ": "UTC", "NO_COLOR": "1"}
+    # The size is the terminal's, whatever a runner of tests says of its own.
+    inherited = {name: value for name, value in os.environ.items() if name not in {"COLUMNS", "LINES"}}
+    environment = {**inherited, "TERM": "xterm", "TZ": "UTC", "NO_COLOR": "1"}
     return pexpect.spawn(
         HVSNAP, ["watch", "--mqtt", broker.url, *options], env=environment, dimensions=(60, 160), encoding="utf-8",
         timeout=30,
