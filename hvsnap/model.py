@@ -352,6 +352,12 @@ class Operation:
     facts: dict[str, object]
     created_at: float
 
+    @property
+    def payload(self) -> dict[str, object]:
+        """What its events tell, of those facts."""
+        told = self.facts["payload"]
+        return dict(told) if isinstance(told, dict) else {}
+
 
 @dataclass(frozen=True, slots=True)
 class Event:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from hvsnap.capture.pipeline import Meter
 from hvsnap.catalog.catalog import Catalog
+from hvsnap.catalog.transaction import Transaction
 from hvsnap.errors import Failed, HvsnapError, Refused
 from hvsnap.happenings import EventType
 from hvsnap.hypervisor import images
@@ -29,6 +30,7 @@ from hvsnap.restore.plan import PageWrites
 from hvsnap.restore.target import Manner
 from hvsnap.restore.writer import open_writer
 from hvsnap.store.blocks import PackedBlocks
+from hvsnap.store.uninterrupted import to_its_end
 
 log = logging.getLogger(__name__)
 
@@ -168,12 +170,9 @@ class DiskMaker:
             await asyncio.shield(self._give_up(operation.id, str(error) or type(error).__name__))
             raise
         # From here on it comes to its end, even for a caller that is cancelled: a name cannot be half given.
-        ending = asyncio.ensure_future(self._end(order, plan, operation))
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.shield(ending)
-        await asyncio.wait([ending])
+        attaching = await to_its_end(self._end(order, plan, operation), name=f"name {plan.path}")
         written = plan.blocks * self._store.block_size
-        return NewDisk(plan.path, order.format, plan.snapshot.size_bytes, written, ending.result())
+        return NewDisk(plan.path, order.format, plan.snapshot.size_bytes, written, attaching)
 
     async def recover(self, operation: Operation) -> bool:
         """Tell of a disk that a crash interrupted: True if it is whole and named; else what is there of it goes."""
@@ -210,8 +209,7 @@ class DiskMaker:
             if plan.manner is Manner.DEVICE:
                 await tx.forget_origin(plan.path)
                 return operation
-            directory, name = os.path.split(plan.path)
-            temporary = os.path.join(directory, f".{name[:200]}.{operation.id}.hvsnap")
+            temporary = target.temporary_beside(plan.path, operation.id)
             await tx.step(operation.id, first, temporary=temporary)
         operation.facts["temporary"] = temporary
         return operation
@@ -287,19 +285,15 @@ class DiskMaker:
     async def _close(self, operation: Operation) -> OperationId | None:
         """Tell of a disk that is whole, remember of what it is made; return the entry for attaching it, if wanted."""
         facts = operation.facts
-        payload: dict[str, Any] = dict(facts["payload"])  # type: ignore[call-overload]
-        path, inode, attach = str(facts["target"]), facts.get("inode"), facts.get("attach")
+        path, inode = str(facts["target"]), facts.get("inode")
         made_of = str(facts.get("made_of") or facts["snapshot"])
-        next_one: OperationId | None = None
         async with self._catalog.write() as tx:
-            await tx.emit(EventType.DISK_CREATED, payload)
+            await tx.emit(EventType.DISK_CREATED, operation.payload)
             known = inode if isinstance(inode, int) else None
             await tx.put_origin(Origin(path, known, made_of, operation.created_at))
-            if isinstance(attach, list):
-                wanted = {"path": path, "format": facts["format"], "target": attach[1], "payload": payload}
-                next_one = (await tx.open_operation(ATTACH_KIND, attach[0], "attaching", wanted)).id
+            attaching = await open_attaching(tx, operation, str(facts["format"]))
             await tx.close_operation(operation.id)
-        return next_one
+        return attaching
 
     async def _give_up(self, operation_id: OperationId, error: str) -> None:
         """Undo what there is of a disk. What cannot be undone now stays in the journal, for the recovery."""
@@ -334,9 +328,8 @@ class DiskMaker:
         await asyncio.to_thread(target.blank, path)
 
     async def _tell_failure(self, operation: Operation, error: str) -> None:
-        payload: dict[str, Any] = dict(operation.facts["payload"])  # type: ignore[call-overload]
         async with self._catalog.write() as tx:
-            await tx.emit(EventType.DISK_CREATE_FAILED, payload | {"error": error})
+            await tx.emit(EventType.DISK_CREATE_FAILED, operation.payload | {"error": error})
             await tx.close_operation(operation.id)
 
     async def _refresh(self, operation: Operation) -> None:
@@ -360,6 +353,16 @@ class DiskMaker:
             hint = "configure hypervisor.libvirt_uri, or give a path"
             raise Refused("there is no libvirt, and so no storage pool", hint=hint)
         return self._volumes
+
+
+async def open_attaching(tx: Transaction, operation: Operation, image_format: str) -> OperationId | None:
+    """Open the journal's entry for attaching the disk of another entry, if it was ordered to be attached."""
+    attach = operation.facts.get("attach")
+    if not isinstance(attach, list):
+        return None
+    guest, name = attach
+    facts = {"path": operation.facts["target"], "format": image_format, "target": name, "payload": operation.payload}
+    return (await tx.open_operation(ATTACH_KIND, guest, "attaching", facts)).id
 
 
 def _takes_nothing(path: str) -> bool:

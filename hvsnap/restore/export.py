@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from hvsnap.restore import target
 from hvsnap.restore.fill import Filler
 from hvsnap.restore.writer import open_writer
 from hvsnap.store.blocks import PackedBlocks
+from hvsnap.store.uninterrupted import to_its_end
 
 KIND = "image-export"
 
@@ -65,12 +65,11 @@ class ImageExporter:
     async def create(self, image: Image, path: str, report: Callable[[Progress], None]) -> Exported:
         """Write the file. Raises as :meth:`check` does, and :class:`Damaged`; nothing is left then."""
         snapshot, blocks = await self.check(image, path)
-        directory, name = os.path.split(path)
         disk = await self._catalog.disk(snapshot.disk)
         async with self._catalog.write() as tx:
             facts = {"target": path, "snapshot": snapshot.id, "image": image.id}
             operation = await tx.open_operation(KIND, disk.guest_uuid, Step.WRITING, facts)
-            temporary = os.path.join(directory, f".{name[:200]}.{operation.id}.hvsnap")
+            temporary = target.temporary_beside(path, operation.id)
             await tx.step(operation.id, Step.WRITING, temporary=temporary)
         written = blocks * self._store.block_size
         try:
@@ -79,11 +78,8 @@ class ImageExporter:
             await asyncio.shield(self._give_up(operation, temporary))
             raise
         # From here on it comes to its end, even for a caller that is cancelled: a name cannot be half given.
-        naming = asyncio.ensure_future(self._name(operation, temporary, path))
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.shield(naming)
-        await asyncio.wait([naming])
-        return Exported(snapshot.size_bytes, written, naming.result())
+        file_bytes = await to_its_end(self._name(operation, temporary, path), name=f"name {path}")
+        return Exported(snapshot.size_bytes, written, file_bytes)
 
     async def _write(self, snapshot: Snapshot, temporary: str, meter: Meter) -> None:
         size_bytes = compressed.rounded(snapshot.size_bytes)

@@ -32,11 +32,12 @@ from hvsnap.hypervisor.nbd_server import serve_image
 from hvsnap.model import GuestUuid, Operation, OperationId, Origin, Progress, Snapshot, SnapshotId
 from hvsnap.ports import Hypervisor
 from hvsnap.restore import target
-from hvsnap.restore.disk import ATTACH_KIND, Order, Plan
+from hvsnap.restore.disk import Order, Plan, open_attaching
 from hvsnap.restore.fill import Filler
 from hvsnap.restore.serve import Access, Served, SnapshotServer
 from hvsnap.restore.writer import open_writer
 from hvsnap.store.blocks import PackedBlocks
+from hvsnap.store.uninterrupted import to_its_end
 
 log = logging.getLogger(__name__)
 
@@ -100,22 +101,35 @@ class InstantDisks:
         try:
             served = await self._serve(operation)
             try:
-                temporary, path = str(operation.facts["temporary"]), plan.path
+                temporary = str(operation.facts["temporary"])
                 await images.create_over_nbd(temporary, served.what.socket, plan.snapshot.size_bytes)
-                inode = await asyncio.to_thread(target.inode_of, temporary)
-                async with self._catalog.write() as tx:
-                    await tx.step(operation.id, Step.NAMING, inode=inode)
-                await asyncio.to_thread(target.publish, temporary, path)
-            finally:
+            except BaseException:
                 self._server.leave(served)
+                raise
         except BaseException as error:
             await asyncio.shield(self._undo(operation, str(error) or type(error).__name__))
+            raise
+        # From here on it comes to its end, even for a caller that is cancelled: a name cannot be half given.
+        try:
+            return await to_its_end(self._end(operation, plan.path), name=f"name {plan.path}")
+        finally:
+            self._server.leave(served)
+
+    async def _end(self, operation: Operation, path: str) -> tuple[Operation, OperationId | None]:
+        """Publish the disk and tell of it. If telling fails, the entry stays for the recovery to tell."""
+        temporary = str(operation.facts["temporary"])
+        try:
+            inode = await asyncio.to_thread(target.inode_of, temporary)
+            async with self._catalog.write() as tx:
+                await tx.step(operation.id, Step.NAMING, inode=inode)
+            await asyncio.to_thread(target.publish, temporary, path)
+        except HvsnapError as error:
+            await self._undo(operation, error.message)
             raise
         return await self._named(await self._catalog.operation(operation.id))
 
     async def _begin(self, order: Order, plan: Plan) -> Operation:
         disk = await self._catalog.disk(plan.snapshot.disk)
-        directory, name = os.path.split(plan.path)
         facts: dict[str, Any] = {
             "target": plan.path,
             "snapshot": plan.snapshot.id,
@@ -125,22 +139,17 @@ class InstantDisks:
         }
         async with self._catalog.write() as tx:
             operation = await tx.open_operation(KIND, disk.guest_uuid, Step.SERVING, facts)
-            temporary = os.path.join(directory, f".{name[:200]}.{operation.id}.hvsnap")
+            temporary = target.temporary_beside(plan.path, operation.id)
             await tx.step(operation.id, Step.SERVING, temporary=temporary)
         return await self._catalog.operation(operation.id)
 
     async def _named(self, operation: Operation) -> tuple[Operation, OperationId | None]:
         """Tell of a disk that has its name."""
-        facts, attach = operation.facts, operation.facts.get("attach")
-        payload: dict[str, Any] = dict(facts["payload"])  # type: ignore[call-overload]
-        attaching: OperationId | None = None
         async with self._catalog.write() as tx:
             await tx.step(operation.id, Step.FILLING)
-            await tx.emit(EventType.DISK_CREATED, payload)
-            await self._put_origin(tx, operation, facts.get("inode"))
-            if isinstance(attach, list):
-                wanted = {"path": facts["target"], "format": "qcow2", "target": attach[1], "payload": payload}
-                attaching = (await tx.open_operation(ATTACH_KIND, attach[0], "attaching", wanted)).id
+            await tx.emit(EventType.DISK_CREATED, operation.payload)
+            await self._put_origin(tx, operation, operation.facts.get("inode"))
+            attaching = await open_attaching(tx, operation, "qcow2")
         return await self._catalog.operation(operation.id), attaching
 
     async def _put_origin(self, tx: Any, operation: Operation, inode: object) -> None:
@@ -151,10 +160,7 @@ class InstantDisks:
     async def _undo(self, operation: Operation, error: str) -> None:
         await images.remove(str(operation.facts["temporary"]))
         await self._unserve(operation)
-        payload: dict[str, Any] = dict(operation.facts["payload"])  # type: ignore[call-overload]
-        async with self._catalog.write() as tx:
-            await tx.emit(EventType.DISK_CREATE_FAILED, payload | {"error": error})
-            await tx.close_operation(operation.id)
+        await self._tell_failure(operation, error)
 
     # -- after a crash ----------------------------------------------------------------------------
 
@@ -205,6 +211,8 @@ class InstantDisks:
                 await self._lost(operation)
                 raise Gone(f"{path} was removed before it was whole")
             try:
+                # Taken first: what is written after it is seen, also before the disk is found to be empty.
+                before = await asyncio.to_thread(_stamp, path)
                 if await self._whole(operation):
                     return
                 if await self._open(operation):
@@ -212,7 +220,7 @@ class InstantDisks:
                     await self._pull(path, report)
                 elif await images.is_empty(path):
                     say("filling it beside, nobody uses it")
-                    await self._beside(operation, snapshot, report)
+                    await self._beside(operation, snapshot, before, report)
                     continue
                 else:
                     say("completing it in place, nobody uses it")
@@ -250,11 +258,10 @@ class InstantDisks:
                 return
         raise Busy(f"{path} is open in a program that hvsnap does not know", hint="it is filled once that has ended")
 
-    async def _beside(self, operation: Operation, snapshot: Snapshot, report: Report) -> None:
+    async def _beside(self, operation: Operation, snapshot: Snapshot, before: tuple[int, ...], report: Report) -> None:
         """Make a whole disk beside, and put it in the place of the overlay if nobody has used that meanwhile."""
         path, beside = str(operation.facts["target"]), _beside(operation)
         await images.remove(beside)
-        before = await asyncio.to_thread(_stamp, path)
         filler = Filler(self._catalog, self._store, snapshot)
         blocks, _zero = await filler.count(filler.stored_writes())
         await asyncio.to_thread(target.check_space, path, blocks * self._store.block_size)
@@ -297,19 +304,20 @@ class InstantDisks:
     async def _finish(self, operation: Operation) -> None:
         """Tell that a disk stands alone."""
         path = str(operation.facts["target"])
-        payload: dict[str, Any] = dict(operation.facts["payload"])  # type: ignore[call-overload]
         inode = await asyncio.to_thread(target.inode_of, path)
         await self._unserve(operation)
         async with self._catalog.write() as tx:
-            await tx.emit(EventType.DISK_FILLED, payload)
+            await tx.emit(EventType.DISK_FILLED, operation.payload)
             await self._put_origin(tx, operation, inode)
             await tx.close_operation(operation.id)
 
     async def _lost(self, operation: Operation) -> None:
-        payload: dict[str, Any] = dict(operation.facts["payload"])  # type: ignore[call-overload]
         await self._unserve(operation)
+        await self._tell_failure(operation, "it was removed before it was whole")
+
+    async def _tell_failure(self, operation: Operation, error: str) -> None:
         async with self._catalog.write() as tx:
-            await tx.emit(EventType.DISK_CREATE_FAILED, payload | {"error": "it was removed before it was whole"})
+            await tx.emit(EventType.DISK_CREATE_FAILED, operation.payload | {"error": error})
             await tx.close_operation(operation.id)
 
     async def _serve(self, operation: Operation) -> Served:
@@ -329,8 +337,11 @@ def _beside(operation: Operation) -> str:
 
 
 def _stamp(path: str) -> tuple[int, ...]:
-    """Return what changes when a file is written to. Blocking."""
-    seen = os.stat(path)
+    """Return what changes when a file is written to; nothing for one that is gone. Blocking."""
+    try:
+        seen = os.stat(path)
+    except FileNotFoundError:
+        return ()
     return seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_blocks
 
 

@@ -122,6 +122,12 @@ def blank(path: str) -> None:
 # -- giving a file its name -----------------------------------------------------------------------
 
 
+def temporary_beside(path: str, operation: str) -> str:
+    """Return where a file is written before it gets its name; ``operation`` is the journal's entry for it."""
+    directory, name = os.path.split(path)
+    return os.path.join(directory, f".{name[:200]}.{operation}.hvsnap")
+
+
 def publish(temporary: str, path: str, *, replace: bool = False) -> None:
     """Make a finished file durable under its name: never over another one, but with ``replace``. Blocking."""
     try:

@@ -7,10 +7,9 @@ nothing: the recovery looks whether the guest has the disk, tries again if not, 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Container
-from typing import Any, Protocol
+from typing import Protocol
 
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import Failed, HvsnapError, HypervisorUnreachable, NotFound, Refused
@@ -21,6 +20,7 @@ from hvsnap.restore.disk import ATTACH_KIND, Attachment
 from hvsnap.restore.target import is_device
 from hvsnap.service.inventory import Inventory
 from hvsnap.service.requests import CapturesPort
+from hvsnap.store.uninterrupted import to_its_end
 
 log = logging.getLogger(__name__)
 
@@ -73,12 +73,8 @@ class Attaching:
         """
         # At once, before anything is awaited: the recovery must not take it for a crash's.
         self._at_work.add(operation_id)
-        working = asyncio.ensure_future(self._attach(operation_id))
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.shield(working)
-        await asyncio.wait([working])
         try:
-            return working.result()
+            return await to_its_end(self._attach(operation_id), name=f"attach {path}")
         except NotFound:
             # A recovery was there first, and has closed the entry.
             if not await self._libvirt().attached(where.guest, where.target, path):
@@ -155,9 +151,8 @@ class Attaching:
         return disk
 
     async def _tell_failure(self, operation: Operation, error: HvsnapError) -> None:
-        payload: dict[str, Any] = dict(operation.facts["payload"])  # type: ignore[call-overload]
         async with self._catalog.write() as tx:
-            await tx.emit(EventType.DISK_ATTACH_FAILED, payload | {"error": error.message})
+            await tx.emit(EventType.DISK_ATTACH_FAILED, operation.payload | {"error": error.message})
             await tx.close_operation(operation.id)
 
     def _libvirt(self) -> Devices:

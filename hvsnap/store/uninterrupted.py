@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -26,4 +27,16 @@ async def uninterrupted(work: Coroutine[Any, Any, T], name: str) -> T:
         if not task.cancelled():
             task.exception()  # seen, so that asyncio does not complain; the cancellation goes first
         raise cancelled
+    return task.result()
+
+
+async def to_its_end(work: Coroutine[Any, Any, T], name: str) -> T:
+    """Run ``work`` to its end and return what it returns, even to a caller that was cancelled meanwhile.
+
+    For what cannot be half done, and is told of as done: a file that gets its name, a disk that is attached.
+    """
+    task = asyncio.create_task(work, name=name)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait({task})
     return task.result()

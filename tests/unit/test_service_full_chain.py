@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from hvsnap.service.scheduler import Scheduler, ScheduleSettings
 from hvsnap.service.snapshots import Snapshots
 from hvsnap.service.uses import Uses
 from hvsnap.store.objects import LocalObjects
-from tests.service_kit import FakeHypervisor
+from tests.service_kit import DoneCaptures, FakeHypervisor
 from tests.store_kit import BLOCK
 from tests.unit.test_service_policies import HOUR_S, START, TurnedClock
 from tests.upkeep_kit import Disks, House, a_house, live_bytes, referred_bytes
@@ -30,10 +30,11 @@ BLOCKS = 40
 SEED = 20260601
 
 
-class StoredCaptures:
+class StoredCaptures(DoneCaptures):
     """Captures of a disk without a guest: what it holds now goes into the store, in the order of real ones."""
 
     def __init__(self, house: House, disks: Disks, clock: TurnedClock) -> None:
+        super().__init__(house.catalog)
         self.house = house
         self.disks = disks
         self.clock = clock
@@ -50,19 +51,6 @@ class StoredCaptures:
             retention=automatic.retention if automatic else "",
         )
         return await self.wait([made])
-
-    async def wait(self, ids: Sequence[SnapshotId]) -> list[Snapshot]:
-        return [await self.house.catalog.snapshot(one) for one in ids]
-
-    async def cancel(self, snapshot_id: SnapshotId) -> None: ...
-
-    async def settled(self, disks: Sequence[DiskId]) -> None: ...
-
-    def busy_disks(self) -> set[DiskId]:
-        return set()
-
-    def progress(self, snapshot_id: SnapshotId) -> None:
-        return None
 
 
 @dataclass

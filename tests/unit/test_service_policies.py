@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ from hvsnap.service.scheduler import ClockGuard, Scheduler, ScheduleSettings
 from hvsnap.service.snapshots import Snapshots
 from hvsnap.service.uses import Uses
 from tests.catalog_kit import a_disk, a_snapshot
-from tests.service_kit import FakeHypervisor, a_catalog, a_guest, a_view
+from tests.service_kit import DoneCaptures, FakeHypervisor, a_catalog, a_guest, a_view
 
 HOUR_S = 3600.0
 START = datetime(2026, 6, 1, 12, tzinfo=UTC).timestamp()
@@ -49,11 +49,11 @@ class TurnedClock:
         self.passed += seconds
 
 
-class InstantCaptures:
+class InstantCaptures(DoneCaptures):
     """Snapshots that are accomplished the moment they are asked for, in the real catalog."""
 
     def __init__(self, catalog: Catalog, clock: TurnedClock) -> None:
-        self.catalog = catalog
+        super().__init__(catalog)
         self.clock = clock
         self.fails: set[DiskId] = set()
         self.made = 0
@@ -81,19 +81,6 @@ class InstantCaptures:
             if one.state is State.ACCOMPLISHED:
                 await tx.update_disk(disk.id, head=one.id)
         return [one]
-
-    async def wait(self, ids: Sequence[SnapshotId]) -> list[Snapshot]:
-        return [await self.catalog.snapshot(one) for one in ids]
-
-    async def cancel(self, snapshot_id: SnapshotId) -> None: ...
-
-    async def settled(self, disks: Sequence[DiskId]) -> None: ...
-
-    def busy_disks(self) -> set[DiskId]:
-        return set()
-
-    def progress(self, snapshot_id: SnapshotId) -> None:
-        return None
 
 
 @dataclass
