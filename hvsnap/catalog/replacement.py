@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import time
@@ -35,8 +36,8 @@ class Replacement:
         The last step is one rename: killed before it, the old catalog is where it was, or none is.
         """
         new, old = self.directory / NAME, self._state_dir / NAME
-        kept = self._state_dir / f"{NAME}.{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
         try:
+            kept = self._free_name()
             descriptor = os.open(new, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
@@ -56,6 +57,12 @@ class Replacement:
         except OSError as error:
             raise _failed(old, error) from error
         return kept if was_there else None
+
+    def _free_name(self) -> Path:
+        """Where the old catalog can be kept: named by the second, and numbered when one was kept in it already."""
+        stamp = self._state_dir / f"{NAME}.{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+        names = itertools.chain([stamp], (Path(f"{stamp}-{number}") for number in itertools.count(2)))
+        return next(name for name in names if not any(Path(f"{name}{end}").exists() for end in ("", *LOGS)))
 
     def _sync(self) -> None:
         descriptor = os.open(self._state_dir, os.O_RDONLY | os.O_DIRECTORY)
