@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NewType
 
+from hvsnap.alarm import Alarm
+
 DiskId = NewType("DiskId", str)
 SnapshotId = NewType("SnapshotId", str)
 GroupId = NewType("GroupId", str)
@@ -239,7 +241,8 @@ class Snapshot:
     guest's disk, ``changed_bytes`` differ from the parent, ``stored_bytes`` is what the store grew by
     (after deduplication and compression). ``reason`` says why the method was chosen, if it is not the obvious one.
     ``automatic``: a policy made it; ``expires_at`` and ``retention`` (a rule of counts, JSON) say how long it stays.
-    ``impact`` is None where the guest was off, or did too little to tell.
+    ``impact`` is None where the guest was off, or did too little to tell. ``alarm``: it is unusual. ``held_until``: no
+    rule lets it go before, since a later one was unusual; its owner may delete it all the same.
     """
 
     id: SnapshotId
@@ -267,6 +270,8 @@ class Snapshot:
     retention: str = ""
     locked_until: float | None = None
     impact: Impact | None = None
+    alarm: Alarm | None = None
+    held_until: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

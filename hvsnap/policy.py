@@ -233,15 +233,15 @@ def retention(policy: Policy) -> str:
 def expired(snapshots: Sequence[Snapshot], now: float, *, active: bool) -> list[SnapshotId]:
     """Return which snapshots of one disk have come to their end, oldest first (SERVICE 5.3, 5.8).
 
-    By their own expiry, or by the rule of counts that each carries. Locked ones stay, and so does the last accomplished
-    one of a disk under a policy (``active``).
+    By their own expiry, or by the rule of counts that each carries. Locked and held ones stay, and so does the last
+    accomplished one of a disk under a policy (``active``).
     """
     accomplished = [one for one in snapshots if one.state is State.ACCOMPLISHED]
     automatic = sorted((one for one in accomplished if one.automatic), key=lambda one: one.sequence)
     last = max(accomplished, key=lambda one: one.sequence, default=None)
     found = []
     for one in automatic:
-        if is_locked(one, now) or (active and one is last):
+        if is_kept(one, now) or (active and one is last):
             continue
         by_time = one.expires_at is not None and one.expires_at <= now
         if by_time or (one.retention and not _kept(one, automatic)):
@@ -252,14 +252,14 @@ def expired(snapshots: Sequence[Snapshot], now: float, *, active: bool) -> list[
 def evictable(snapshots: Sequence[Snapshot], now: float) -> list[Snapshot]:
     """Return the automatic snapshots that make room at the chain's limit, the oldest first (SERVICE 3.2)."""
     return sorted(
-        (one for one in snapshots if one.automatic and one.state is State.ACCOMPLISHED and not is_locked(one, now)),
+        (one for one in snapshots if one.automatic and one.state is State.ACCOMPLISHED and not is_kept(one, now)),
         key=lambda one: one.sequence,
     )
 
 
-def is_locked(snapshot: Snapshot, now: float) -> bool:
-    """Whether a snapshot is locked against deletion at present."""
-    return snapshot.locked_until is not None and snapshot.locked_until > now
+def is_kept(snapshot: Snapshot, now: float) -> bool:
+    """Whether no rule may let a snapshot go at present: it is locked, or held since an alarm (SERVICE 12)."""
+    return any(until is not None and until > now for until in (snapshot.locked_until, snapshot.held_until))
 
 
 def _kept(one: Snapshot, automatic: Sequence[Snapshot]) -> bool:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from hvsnap.capture.plan import Group, Selection, groups
 from hvsnap.capture.reader import ChunkStream, Pace, read_chunks
-from hvsnap.model import Progress, SnapshotId
+from hvsnap.model import ZERO_BLOCK, Progress, SnapshotId
 from hvsnap.ports import BlockStore, NbdExport, UInt64Array
 
 WORKERS = 4
@@ -34,6 +34,8 @@ class Totals:
 
     read_bytes: int = 0
     changed_blocks: int = 0
+    data_blocks: int = 0
+    """Those of the changed ones that are not zero."""
     new_bytes: int = 0
 
 
@@ -173,6 +175,7 @@ class Pipeline:
         if staged is None:
             return
         self.totals.changed_blocks += staged.index.size
+        self.totals.data_blocks += int(np.count_nonzero(staged.block != ZERO_BLOCK))
         self._finished.append(staged)
         if len(self._finished) >= STAGE_PAGES:
             await self._flush_stage()

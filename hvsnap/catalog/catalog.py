@@ -21,6 +21,7 @@ import numpy.typing as npt
 from hvsnap.catalog import chain, figures, images, origins, policies, rows, sums
 from hvsnap.catalog.blocks import Blocks
 from hvsnap.catalog.chain import IndexArray, Page
+from hvsnap.catalog.changes import Changes
 from hvsnap.catalog.db import REBUILD, Database, Row, settled
 from hvsnap.catalog.moment import Moment
 from hvsnap.catalog.transaction import Transaction
@@ -72,6 +73,7 @@ class Catalog:
         self.blocks = Blocks(database)
         self.upkeep = Upkeep(database, self.blocks)
         self.usage = Usage(database)
+        self.changes = Changes(database)
         self.on_event: list[Callable[[Event], None]] = []
 
     @classmethod

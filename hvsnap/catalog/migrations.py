@@ -24,6 +24,7 @@ MIGRATIONS: tuple[str, ...] = (
     _script("schema_origins.sql"),
     "ALTER TABLE snapshots ADD COLUMN sum INTEGER;  -- of an accomplished one: sums.py",
     _script("schema_usage.sql"),
+    _script("schema_alarms.sql"),
 )
 """Scripts in order; the n-th (from 1) makes version n of version n - 1. A released one is never edited."""
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 from functools import wraps
 from typing import Any, TypeVar
 
+from hvsnap.alarm import Alarm, Level
 from hvsnap.catalog.db import Row
 from hvsnap.errors import CatalogFailed
 from hvsnap.model import (
@@ -51,7 +52,7 @@ def to_column(name: str, value: Any) -> Any:
     """Return a field's value as SQLite holds it."""
     if name == "tags":
         return json.dumps(value, sort_keys=True)
-    if isinstance(value, Impact):
+    if isinstance(value, Impact | Alarm):
         return json.dumps(asdict(value))
     if isinstance(value, bool):
         return int(value)
@@ -122,8 +123,14 @@ def snapshot(row: Row) -> Snapshot:
         "tags": json.loads(raw["tags"]),
         "automatic": bool(raw["automatic"]),
         "impact": None if raw["impact"] is None else Impact(**json.loads(raw["impact"])),
+        "alarm": None if raw["alarm"] is None else _alarm(raw["alarm"]),
     }
     return Snapshot(**raw)
+
+
+def _alarm(text: str) -> Alarm:
+    raw = json.loads(text)
+    return Alarm(**raw | {"level": Level(raw["level"])})
 
 
 @or_damaged

@@ -6,7 +6,8 @@ import json
 import uuid
 from typing import Any
 
-from hvsnap.catalog import chain, deletion, images, origins, policies, rows, sums
+from hvsnap.alarm import Change
+from hvsnap.catalog import chain, changes, deletion, images, origins, policies, rows, sums
 from hvsnap.catalog.chain import IndexArray, Page
 from hvsnap.catalog.db import Cursor
 from hvsnap.errors import DiskUnknown, NotFound, SnapshotUnknown
@@ -117,6 +118,10 @@ class Transaction:
     async def clear_carry(self, disk: DiskId) -> None:
         """Forget them: a capture has read them, or the disk was rolled back."""
         await self._cursor.execute("DELETE FROM carry WHERE disk = ?", (disk,))
+
+    async def add_change(self, disk: DiskId, change: Change) -> None:
+        """Remember how much a disk has changed up to a snapshot."""
+        await changes.add(self._cursor, disk, change)
 
     # -- policies ---------------------------------------------------------------------------------
 
