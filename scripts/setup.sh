@@ -18,8 +18,10 @@ AROUND=(mosquitto mosquitto-clients util-linux mount procps ca-certificates)
 
 DEMO=("${HOST[@]}" "${GUEST[@]}" "${AROUND[@]}")
 # A one-node Ceph with its S3 gateway; faults at system calls; TLS for the broker; an independent look at images; what
-# systemd says of our units, Prometheus of our metrics and rules, man and mandoc of our page, Vagrant of our machines.
-TEST=(ceph-mon ceph-osd ceph-common radosgw strace openssl libnbd-bin systemd prometheus man-db mandoc vagrant vagrant-libvirt)
+# systemd says of our units, Prometheus of our metrics and rules, man and mandoc of our page, Vagrant of our machines;
+# libguestfs, without what it only recommends: files in snapshots.
+TEST=(ceph-mon ceph-osd ceph-common radosgw strace openssl libnbd-bin systemd prometheus man-db mandoc vagrant vagrant-libvirt
+    python3-guestfs)
 # The peers that are compared with.
 BENCH=(virtnbdbackup fio libnbd-bin)
 
