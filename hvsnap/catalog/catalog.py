@@ -222,6 +222,7 @@ class Catalog:
 
     async def carry(self, disk: DiskId) -> dict[int, IndexArray]:
         """Return the blocks, by page, that the next capture must read although no bitmap names them."""
+        await sums.check_rows(self._db, "carry", "disk = ?", (disk,))
         found = await self._db.read("SELECT page, indexes FROM carry WHERE disk = ? ORDER BY page", (disk,))
         return {page: chain.decode_indexes(blob) for page, blob in found}
 

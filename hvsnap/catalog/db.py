@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import aiosqlite
 
+from hvsnap.catalog import row_sums
 from hvsnap.catalog.lock import StateLock
 from hvsnap.catalog.migrations import migrate
 from hvsnap.errors import CatalogFailed, NoSpace
@@ -35,14 +36,19 @@ REBUILD = "the file was left as it is; `hvsnap store-rebuild` makes a new one fr
 FAULTS = (sqlite3.Error, UnicodeDecodeError)
 """What a file raises that is not usable; the second where its damage is in a text that SQLite quotes."""
 
+_SIGNS_OF_DAMAGE = ("decode to UTF-8", "user-defined function")
+"""What SQLite's module for Python says of texts that are none, when it hands them to us or to the sum of a row."""
+
 Row = tuple[Any, ...]
 T = TypeVar("T")
 
 
 def failure(error: Exception, path: Path) -> CatalogFailed | NoSpace:
     """Return what SQLite's error means to a user."""
-    damaged = isinstance(error, UnicodeDecodeError) or "decode to UTF-8" in str(error)
-    code = sqlite3.SQLITE_CORRUPT if damaged else getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    extended = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+    damaged = isinstance(error, UnicodeDecodeError) or any(sign in str(error) for sign in _SIGNS_OF_DAMAGE)
+    damaged = damaged or extended == sqlite3.SQLITE_CONSTRAINT_TRIGGER  # a row is not what was written: row_sums.py
+    code = sqlite3.SQLITE_CORRUPT if damaged else extended & 0xFF
     if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and _is_full(path)):
         return NoSpace(f"the catalog {path} cannot grow: {error}")
     hints = {
@@ -185,6 +191,8 @@ class Database:
                 writer = await _connect(path)
                 undo.push_async_callback(writer.close)
                 await migrate(writer, path)
+                for trigger in row_sums.triggers():
+                    await writer.execute(trigger)
                 await _begin_session(writer, path)
                 reader = await _connect(path, read_only=True)
             except FAULTS as error:
@@ -272,6 +280,7 @@ async def _connect(path: Path, *, read_only: bool = False) -> aiosqlite.Connecti
     # A process that ends by an error must not wait for a connection that nobody closed: what is committed is durable.
     connection._thread.daemon = True
     await connection
+    await connection.create_function(row_sums.FUNCTION, -1, row_sums.row_sum, deterministic=True)
     pragmas = [
         f"busy_timeout = {BUSY_TIMEOUT_MS}",
         "foreign_keys = ON",
@@ -299,10 +308,21 @@ async def _begin_session(connection: aiosqlite.Connection, path: Path) -> None:
     if fresh:
         await connection.execute("INSERT INTO meta VALUES ('opened', '1')")
         return
-    for table in ("disks", "snapshots"):  # few rows: what they say of each other is checked at every start
-        if list(await connection.execute_fetchall(f"PRAGMA foreign_key_check({table})")):
-            raise CatalogFailed(f"the catalog {path} is damaged: {table} refer to what is not there", hint=REBUILD)
+    await _check_small_tables(connection, path)
     if not closed:
         found = [str(row[0]) for row in await connection.execute_fetchall("PRAGMA quick_check(1)")]
         if found != ["ok"]:
             raise CatalogFailed(f"the catalog {path} is damaged: {found[0]}", hint=REBUILD)
+
+
+async def _check_small_tables(connection: aiosqlite.Connection, path: Path) -> None:
+    """Check what has few rows, and says what may be deleted: at every start, each row, and that none is lost."""
+    for table in ("disks", "snapshots", "images", "carry"):
+        if list(await connection.execute_fetchall(f"PRAGMA foreign_key_check({table})")):
+            raise CatalogFailed(f"the catalog {path} is damaged: {table} refer to what is not there", hint=REBUILD)
+    for table, sql in row_sums.damaged_rows():
+        found = [str(row[0]) for row in await connection.execute_fetchall(f"PRAGMA integrity_check({table})")]
+        if found != ["ok"]:
+            raise CatalogFailed(f"the catalog {path} is damaged: {found[0]}", hint=REBUILD)
+        if list(await connection.execute_fetchall(sql)) != [(0,)]:
+            raise CatalogFailed(f"the catalog {path} is damaged: {table} are not what was written", hint=REBUILD)

@@ -74,6 +74,7 @@ async def _move_head(cursor: Cursor, deleted: int, disk: str, parent: str | None
     if parent is None:
         await cursor.execute("DELETE FROM carry WHERE disk = ?", (disk,))
         return
+    await sums.check_rows(cursor, "carry", "disk = ?", (disk,))
     carried = """SELECT p.page, p.entries, c.indexes FROM pages p LEFT JOIN carry c ON c.disk = ? AND c.page = p.page
                  WHERE p.snapshot = ? AND p.page > ? ORDER BY p.page LIMIT ?"""
     replace = "INSERT OR REPLACE INTO carry (indexes, page, disk) VALUES (?, ?, ?)"

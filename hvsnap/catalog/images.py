@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hvsnap.catalog.db import Cursor, Database, Row
+from hvsnap.catalog.row_sums import whole
+from hvsnap.catalog.rows import checked, or_damaged
 from hvsnap.errors import ImageUnknown, Refused, SnapshotPromoted, SnapshotUnknown
 from hvsnap.model import Image, ImageId, SnapshotId
 
 _COLUMNS = "id, name, description, snapshot, created_at"
 
 
+# No index is asked which there are: one that is damaged would hide a snapshot's image, and let the snapshot be deleted.
+_ALL = f"SELECT {_COLUMNS}, {whole('images')} FROM images ORDER BY +name"
+
+
+@or_damaged
 def _image(row: Row) -> Image:
-    return Image(ImageId(row[0]), row[1], row[2], SnapshotId(row[3]), row[4])
+    image, name, description, snapshot, created_at = checked(row)
+    return Image(ImageId(image), name, description, SnapshotId(snapshot), created_at)
 
 
 def promoted(snapshot: SnapshotId, images: Sequence[Image]) -> SnapshotPromoted:
@@ -24,7 +32,7 @@ def promoted(snapshot: SnapshotId, images: Sequence[Image]) -> SnapshotPromoted:
 
 async def read_all(reader: Database) -> list[Image]:
     """Return all images, by name."""
-    return [_image(row) for row in await reader.read(f"SELECT {_COLUMNS} FROM images ORDER BY name")]
+    return [_image(row) for row in await reader.read(_ALL)]
 
 
 async def read_objects_to_remove(reader: Database) -> list[ImageId]:
@@ -60,6 +68,6 @@ async def forget_object(cursor: Cursor, image: ImageId) -> None:
 
 async def check_unpromoted(cursor: Cursor, snapshot: SnapshotId) -> None:
     """Raise :class:`SnapshotPromoted` if there is an image of the snapshot."""
-    found = await cursor.read(f"SELECT {_COLUMNS} FROM images WHERE snapshot = ? ORDER BY name", (snapshot,))
+    found = [image for image in map(_image, await cursor.read(_ALL)) if image.snapshot == snapshot]
     if found:
-        raise promoted(snapshot, [_image(row) for row in found])
+        raise promoted(snapshot, found)

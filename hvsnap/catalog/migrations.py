@@ -25,8 +25,12 @@ MIGRATIONS: tuple[str, ...] = (
     "ALTER TABLE snapshots ADD COLUMN sum INTEGER;  -- of an accomplished one: sums.py",
     _script("schema_usage.sql"),
     _script("schema_alarms.sql"),
+    "ALTER TABLE snapshots ADD COLUMN skew_ms REAL;  -- of a group of several guests; NULL: of one guest",
+    _script("schema_row_sums.sql"),
 )
-"""Scripts in order; the n-th (from 1) makes version n of version n - 1. A released one is never edited."""
+"""Scripts in order; the n-th (from 1) makes version n of version n - 1. A released one is never edited.
+
+One that adds a column to a table of row_sums.py sets ``row_sum`` to NULL there."""
 
 
 async def migrate(connection: aiosqlite.Connection, path: Path) -> None:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from hvsnap.catalog.db import Cursor, Database, Row
+from hvsnap.catalog.row_sums import whole
+from hvsnap.catalog.rows import checked, or_damaged
 from hvsnap.model import Origin
 
 _COLUMNS = "path, inode, made_of, created_at"
+_WHOLE = whole("origins")
 
 
+@or_damaged
 def _origin(row: Row) -> Origin:
-    return Origin(*row)
+    return Origin(*checked(row))
 
 
 async def read_all(reader: Database) -> list[Origin]:
     """Return all that are remembered, by path."""
-    return [_origin(row) for row in await reader.read(f"SELECT {_COLUMNS} FROM origins ORDER BY path")]
+    return [_origin(row) for row in await reader.read(f"SELECT {_COLUMNS}, {_WHOLE} FROM origins ORDER BY path")]
 
 
 async def read_one(reader: Database, path: str) -> Origin | None:
     """Return what is remembered of the image at a path."""
-    found = await reader.read(f"SELECT {_COLUMNS} FROM origins WHERE path = ?", (path,))
+    found = await reader.read(f"SELECT {_COLUMNS}, {_WHOLE} FROM origins WHERE path = ?", (path,))
     return _origin(found[0]) if found else None
 
 

@@ -6,7 +6,8 @@ import json
 from dataclasses import asdict
 
 from hvsnap.catalog.db import Cursor, Database, Row
-from hvsnap.catalog.rows import or_damaged
+from hvsnap.catalog.row_sums import whole
+from hvsnap.catalog.rows import checked, or_damaged
 from hvsnap.errors import NotFound
 from hvsnap.policy import Keep, Policy, PolicyId
 
@@ -16,6 +17,7 @@ _CHECKED = "schedule/checked"
 
 @or_damaged
 def _policy(row: Row) -> Policy:
+    row = checked(row)
     hours, weekdays = tuple(json.loads(row[2])), tuple(json.loads(row[3]))
     return Policy(PolicyId(row[0]), row[1], hours, weekdays, row[4], row[5], Keep(**json.loads(row[6])), row[7])
 
@@ -28,7 +30,8 @@ def _values(policy: Policy) -> tuple[object, ...]:
 
 async def read_all(reader: Database) -> list[Policy]:
     """Return all policies, by name."""
-    return [_policy(row) for row in await reader.read(f"SELECT {_COLUMNS} FROM policies ORDER BY name")]
+    sql = f"SELECT {_COLUMNS}, {whole('policies')} FROM policies ORDER BY name"
+    return [_policy(row) for row in await reader.read(sql)]
 
 
 async def read_checked(reader: Database) -> float | None:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from hvsnap.alarm import Alarm, Level
 from hvsnap.catalog.db import Row
+from hvsnap.catalog.row_sums import whole
 from hvsnap.errors import CatalogFailed
 from hvsnap.model import (
     Consistency,
@@ -41,10 +42,10 @@ def columns(names: tuple[str, ...]) -> str:
     return ", ".join(f'"{name}"' for name in names)
 
 
-DISK_COLUMNS = columns(DISK_FIELDS)
-SNAPSHOT_COLUMNS = columns(SNAPSHOT_FIELDS)
+DISK_COLUMNS = f"{columns(DISK_FIELDS)}, {whole('disks')}"
+SNAPSHOT_COLUMNS = f"{columns(SNAPSHOT_FIELDS)}, {whole('snapshots')}"
 PACK_COLUMNS = columns(tuple(field.name for field in fields(Pack)))
-OPERATION_COLUMNS = "id, kind, guest_uuid, step, facts, created_at"
+OPERATION_COLUMNS = f"id, kind, guest_uuid, step, facts, created_at, {whole('operations')}"
 EVENT_COLUMNS = "id, type, at, payload, sequence"
 
 
@@ -73,6 +74,16 @@ def or_damaged(convert: Callable[[Row], T]) -> Callable[[Row], T]:
     return checked
 
 
+def checked(row: Row) -> Row:
+    """Return a row without its last column, which is :func:`~hvsnap.catalog.row_sums.whole`.
+
+    Raises :class:`ValueError`: within what :func:`or_damaged` wraps.
+    """
+    if not row[-1]:
+        raise ValueError("its checksum is wrong")
+    return row[:-1]
+
+
 _OBJECT = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*")
 """What an object may be called (docs/format.md)."""
 
@@ -94,7 +105,7 @@ def _named(cls: Any, row: Row) -> dict[str, Any]:
 @or_damaged
 def disk(row: Row) -> Disk:
     """Return the disk of a row in the order of :data:`DISK_COLUMNS`."""
-    raw = _named(Disk, row)
+    raw = _named(Disk, checked(row))
     raw |= {
         "id": DiskId(raw["id"]),
         "guest_uuid": GuestUuid(raw["guest_uuid"]),
@@ -110,7 +121,7 @@ def disk(row: Row) -> Disk:
 @or_damaged
 def snapshot(row: Row) -> Snapshot:
     """Return the snapshot of a row in the order of :data:`SNAPSHOT_COLUMNS`."""
-    raw = _named(Snapshot, row)
+    raw = _named(Snapshot, checked(row))
     raw |= {
         "id": SnapshotId(raw["id"]),
         "disk": DiskId(raw["disk"]),
@@ -145,7 +156,8 @@ def pack(row: Row) -> Pack:
 @or_damaged
 def operation(row: Row) -> Operation:
     """Return the operation of a row in the order of :data:`OPERATION_COLUMNS`."""
-    return Operation(OperationId(row[0]), row[1], GuestUuid(row[2]), row[3], json.loads(row[4]), row[5])
+    name, kind, guest, step, facts, created_at = checked(row)
+    return Operation(OperationId(name), kind, GuestUuid(guest), step, json.loads(facts), created_at)
 
 
 @or_damaged

@@ -14,6 +14,7 @@ import struct
 import zlib
 from collections.abc import Iterable
 
+from hvsnap.catalog import row_sums
 from hvsnap.catalog.block_rows import Queries
 from hvsnap.catalog.db import Cursor, Database, Row
 from hvsnap.errors import CatalogFailed, SnapshotUnknown
@@ -23,6 +24,7 @@ HEAD_BYTES = 5
 """Form and CRC-32, which the blobs of pages begin with (chain.py)."""
 
 _IDENTITY = "s.number, s.id, s.disk, s.sequence, s.parent, s.size_bytes"
+_WAY_OUT = "`hvsnap store-rebuild --force` makes a new catalog; nothing was changed"
 _PAGE = struct.Struct(f"<qq{HEAD_BYTES}s")
 # The snapshot, too: where order is lost, an index hands out rows of other keys than the one that was asked for.
 _PAGES = f"SELECT snapshot, page, substr(entries, 1, {HEAD_BYTES}) FROM pages WHERE snapshot = ? ORDER BY page"
@@ -54,11 +56,15 @@ async def write(cursor: Cursor, number: int) -> None:
 
 
 async def complete(database: Database) -> None:
-    """Write down the sums that are missing: those of a catalog of an earlier version."""
+    """Write down the sums that are missing, of rows, too: those of a catalog of an earlier version."""
     sql = "SELECT number FROM snapshots WHERE sum IS NULL AND state = ?"
     for (number,) in await database.read(sql, (State.ACCOMPLISHED,)):
         async with database.transaction() as cursor:
             await write(cursor, number)
+    for missing, statement in row_sums.missing_sums():
+        if await database.read(missing):
+            async with database.transaction() as cursor:
+                await cursor.execute(statement)
 
 
 async def check(queries: Queries, snapshot_id: SnapshotId) -> None:
@@ -83,6 +89,13 @@ async def check(queries: Queries, snapshot_id: SnapshotId) -> None:
             if total != known:
                 raise _damaged(wanted, "the checksum of its pages is wrong")
         wanted = identity[4]
+
+
+async def check_rows(queries: Queries, table: str, where: str, parameters: Iterable[object]) -> None:
+    """Raise :class:`CatalogFailed` if one of these rows of a table of ``row_sums`` is not what was written."""
+    sql = f"SELECT 1 FROM {table} WHERE NOT {row_sums.whole(table)} AND {where} LIMIT 1"
+    if await queries.read(sql, tuple(parameters)):
+        raise CatalogFailed(f"the catalog is damaged: a row of {table} is not what was written", hint=_WAY_OUT)
 
 
 class Audit:
@@ -112,5 +125,4 @@ class Audit:
 
 
 def _damaged(snapshot: str, what: str) -> CatalogFailed:
-    hint = "`hvsnap store-rebuild --force` makes a new catalog; nothing was changed"
-    return CatalogFailed(f"snapshot {snapshot or '(some)'} is damaged in the catalog: {what}", hint=hint)
+    return CatalogFailed(f"snapshot {snapshot or '(some)'} is damaged in the catalog: {what}", hint=_WAY_OUT)

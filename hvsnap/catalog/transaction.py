@@ -110,10 +110,12 @@ class Transaction:
 
     async def add_carry(self, disk: DiskId, page: int, index: IndexArray) -> None:
         """Let the next capture of a disk read blocks of one page although no bitmap names them."""
+        await sums.check_rows(self._cursor, "carry", "disk = ? AND page = ?", (disk, page))
         found = await self._cursor.read("SELECT indexes FROM carry WHERE disk = ? AND page = ?", (disk, page))
         known = chain.decode_indexes(found[0][0]) if found else chain.EMPTY.index
         joined = chain.encode_indexes(chain.join_indexes(known, index))
-        await self._cursor.execute("INSERT OR REPLACE INTO carry VALUES (?, ?, ?)", (disk, page, joined))
+        sql = "INSERT OR REPLACE INTO carry (disk, page, indexes) VALUES (?, ?, ?)"
+        await self._cursor.execute(sql, (disk, page, joined))
 
     async def clear_carry(self, disk: DiskId) -> None:
         """Forget them: a capture has read them, or the disk was rolled back."""
@@ -171,7 +173,7 @@ class Transaction:
         """Begin an operation: ``step`` is what will be done first."""
         operation = Operation(OperationId(new_id("o")), kind, guest_uuid, step, facts, self._clock.now())
         values = (operation.id, kind, guest_uuid, step, json.dumps(facts), operation.created_at)
-        sql = f"INSERT INTO operations ({rows.OPERATION_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)"
+        sql = "INSERT INTO operations (id, kind, guest_uuid, step, facts, created_at) VALUES (?, ?, ?, ?, ?, ?)"
         await self._cursor.execute(sql, values)
         return operation
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hvsnap.catalog import ranges, rows
+from hvsnap.catalog import ranges, rows, sums
 from hvsnap.catalog.block_rows import blobs_of, entries_of, forget_damage, insert_pack, put_range, release, write
 from hvsnap.catalog.blocks import MERGE_BLOCKS, Blocks
 from hvsnap.catalog.db import Cursor, Database
@@ -184,6 +184,7 @@ class Upkeep:
 
     async def manifests(self) -> dict[SnapshotId, ManifestState]:
         """Return the state of every accomplished snapshot's manifest."""
+        await sums.check_rows(self._db, "snapshots", "TRUE", ())
         sql = "SELECT id, manifest_revision, manifest_changes FROM snapshots WHERE state = 'accomplished'"
         found = await self._db.read(sql)
         return {SnapshotId(row[0]): ManifestState(SnapshotId(row[0]), row[1], row[2]) for row in found}

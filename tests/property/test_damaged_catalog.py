@@ -1,23 +1,28 @@
 """The catalog's file flipped, cut and swapped anywhere: refused and named, or harmless; never another content.
 
 SQLite has no checksums, so this is ours to see to: of each byte that was ever tried, this takes a fresh sample at each
-run (its seed is printed), and all of them in the end. ``HVSNAP_TEST_ALL=1`` takes 3,000.
+run (its seed is printed), and all of them in the end. ``HVSNAP_TEST_ALL=1`` takes 3,000. Rows that say what may be
+deleted, and when, are handed out as they were written or not at all.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from hvsnap.catalog import row_sums
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import CatalogFailed, Damaged, HvsnapError, SnapshotUnknown
-from hvsnap.model import PAGE_BLOCKS, State
+from hvsnap.model import PAGE_BLOCKS, GuestUuid, Image, ImageId, Origin, State
+from hvsnap.policy import Keep, Policy, PolicyId
 from hvsnap.store.blocks import open_store
 from tests.catalog_kit import StoppedClock
 from tests.store_kit import a_block, seeded
@@ -25,6 +30,16 @@ from tests.upkeep_kit import Disks, House, PunchedObjects, from_the_store_alone,
 
 FLIPS = 3000 if os.environ.get("HVSNAP_TEST_ALL") else 120
 PAGE = 4096
+
+
+async def told(catalog: Catalog) -> list[object]:
+    """Return all that deletions, expiry, recovery and the next capture go by."""
+    disks = await catalog.disks(include_released=True)
+    return [
+        *(disks, await catalog.snapshots(), await catalog.policies(), await catalog.images(), await catalog.origins()),
+        *(await catalog.operations(), await catalog.upkeep.manifests()),
+        [{page: index.tobytes() for page, index in (await catalog.carry(disk.id)).items()} for disk in disks],
+    ]
 
 
 class Scene:
@@ -37,6 +52,7 @@ class Scene:
         self.disks = Disks()
         self.good = b""
         self.stored: dict[str, bytes] = {}
+        self.told: list[object] = []
         self.outcomes: Counter[str] = Counter()
 
     async def make(self, rng: random.Random) -> None:
@@ -49,19 +65,41 @@ class Scene:
             await self.disks.take(house, "vda")
         await self.disks.delete(house, list(self.disks.expected)[1])
         await house.sweeper.sweep()
+        await self._set(house)
+        self.told = await told(house.catalog)
         await house.close()
         self.good, self.stored = self.path.read_bytes(), dict(self.objects.objects)
 
-    async def try_with(self, content: bytes) -> None:
-        """Open the catalog with this content and use it: all that may happen is an error that says so."""
+    async def _set(self, house: House) -> None:
+        """Set what people set, and begin what is journaled."""
+        first, *_, last = self.disks.expected
+        disk = self.disks.disks["vda"].id
+        async with house.catalog.write() as tx:
+            await tx.put_policy(Policy(PolicyId("p-daily"), "Daily", (3, 15), (0, 4), "UTC", 30, Keep(last=3), 12.5))
+            await tx.update_disk(disk, policy="p-daily", delete_auto_with_disk=True)
+            await tx.update_snapshot(first, locked_until=2e9, tags={"case": "4711"}, description="the auditor's")
+            await tx.update_snapshot(last, automatic=True, expires_at=2e9, retention='{"last": 3}')
+            await tx.add_image(Image(ImageId("i-1"), "debian", "a template", first, 13.5))
+            await tx.put_origin(Origin("/images/b.qcow2", 4711, first, 14.5))
+            await tx.open_operation("capture", GuestUuid("g"), "redirect", {"overlay": "/images/a.hvsnap", "node": "n"})
+            await tx.add_carry(disk, 1, np.array([3, 17], np.uint16))
+
+    async def open(self, content: bytes) -> Catalog | None:
+        """Open the catalog with this content; None if it is refused with a way out."""
         for path in self.directory.glob("catalog.db*"):
             path.unlink()
         self.path.write_bytes(content)
-        self.objects.objects = dict(self.stored)
         try:
-            catalog = await Catalog.open(self.directory, StoppedClock())
-        except CatalogFailed:
-            self.outcomes["refused"] += 1
+            return await Catalog.open(self.directory, StoppedClock())
+        except CatalogFailed as error:
+            self.outcomes["refused" if error.hint else "refused without a way out"] += 1
+            return None
+
+    async def try_with(self, content: bytes) -> None:
+        """Open the catalog with this content and use it: all that may happen is an error that says so."""
+        self.objects.objects = dict(self.stored)
+        catalog = await self.open(content)
+        if catalog is None:
             return
         try:
             store = await open_store(self.objects, catalog)
@@ -77,6 +115,7 @@ class Scene:
 
     async def _use(self, house: House) -> None:
         outcome = "harmless"
+        assert await told(house.catalog) == self.told
         for row in await house.catalog.snapshots(state=State.ACCOMPLISHED):
             try:
                 assert await restored(house, row.id) == self.disks.expected[row.id]
@@ -96,6 +135,7 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
     await made.make(seeded())
     yield made
     print(dict(made.outcomes))
+    assert not made.outcomes["refused without a way out"]
 
 
 async def test_a_flipped_bit_anywhere(scene: Scene) -> None:
@@ -105,6 +145,27 @@ async def test_a_flipped_bit_anywhere(scene: Scene) -> None:
         flipped = bytes([scene.good[at] ^ (1 << rng.randrange(8))])
         await scene.try_with(scene.good[:at] + flipped + scene.good[at + 1 :])
     assert scene.outcomes["refused"] > FLIPS // 10
+
+
+async def test_a_flipped_bit_in_what_says_what_may_be_deleted(scene: Scene) -> None:
+    """Of locks, expiry, tags, policies, images, the journal: every row is as it was written, or nothing is used."""
+    rng = seeded()
+    with closing(sqlite3.connect(scene.path)) as connection:
+        sql = f"SELECT name, pageno FROM dbstat WHERE name IN ({', '.join('?' * len(row_sums.COLUMNS))})"
+        pages = connection.execute(sql, tuple(row_sums.COLUMNS)).fetchall()
+    assert {name for name, _ in pages} == set(row_sums.COLUMNS)
+    for _name, number in pages:
+        used = [at for at in range((number - 1) * PAGE, number * PAGE) if scene.good[at]]
+        for at in rng.sample(used, min(FLIPS // 3, len(used))):
+            flipped = bytes([scene.good[at] ^ (1 << rng.randrange(8))])
+            catalog = await scene.open(scene.good[:at] + flipped + scene.good[at + 1 :])
+            if catalog is not None:
+                try:
+                    assert await told(catalog) == scene.told
+                finally:
+                    await catalog.close()
+                scene.outcomes["harmless"] += 1
+    assert scene.outcomes["refused"] > 5 * scene.outcomes["harmless"]
 
 
 async def test_cut_at_any_length_and_pages_swapped(scene: Scene) -> None:
