@@ -65,6 +65,7 @@ def snapshot_payload(disk: Disk, snapshot: Snapshot) -> dict[str, Any]:
         "reason": snapshot.reason,
         "consistency": snapshot.consistency,
         "group": snapshot.group,
+        "skew_ms": snapshot.skew_ms,
         "size_bytes": snapshot.size_bytes,
         "read_bytes": snapshot.read_bytes,
         "changed_bytes": snapshot.changed_bytes,

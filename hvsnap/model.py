@@ -242,7 +242,8 @@ class Snapshot:
     (after deduplication and compression). ``reason`` says why the method was chosen, if it is not the obvious one.
     ``automatic``: a policy made it; ``expires_at`` and ``retention`` (a rule of counts, JSON) say how long it stays.
     ``impact`` is None where the guest was off, or did too little to tell. ``alarm``: it is unusual. ``held_until``: no
-    rule lets it go before, since a later one was unusual; its owner may delete it all the same.
+    rule lets it go before, since a later one was unusual; its owner may delete it all the same. ``skew_ms``: how far
+    apart the instants of its group's guests are at most; None where it was of one guest alone.
     """
 
     id: SnapshotId
@@ -272,6 +273,7 @@ class Snapshot:
     impact: Impact | None = None
     alarm: Alarm | None = None
     held_until: float | None = None
+    skew_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Sequence
 from datetime import datetime
@@ -131,6 +132,7 @@ def snapshot(s: wire.Snapshot) -> str:
             ("Guest", s.guest),
             ("Disk", f"{s.target} ({s.disk})"),
             ("Group", s.group or ""),
+            ("Skew", "" if s.skew_ms is None else skew(s.skew_ms)),
             ("State", s.state + (f" ({s.progress} %)" if s.state == "progressing" else "")),
             ("Error", s.error),
             ("Kind", f"{s.kind}, found by {s.method}"),
@@ -158,6 +160,11 @@ def served(answer: wire.ServedList, *, headers: bool = True) -> str:
         for s in answer.served
     ]
     return table(names, rows, headers=headers)
+
+
+def skew(ms: float) -> str:
+    """Return how far the instants of a group's guests are apart at most."""
+    return f"at most {math.ceil(ms * 10) / 10:.1f} ms between its guests" if ms else "none: one instant for all guests"
 
 
 def impact(i: wire.Impact) -> str:

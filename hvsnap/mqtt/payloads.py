@@ -32,6 +32,9 @@ class SnapshotPayload(DiskPayload):
     reason: str = Field(description="why this method; empty: the obvious one")
     consistency: Consistency
     group: str | None
+    skew_ms: float | None = Field(
+        description="how far apart the instants of the group's guests are at most; null: of one guest, or not yet known"
+    )
     size_bytes: int
     read_bytes: int
     changed_bytes: int

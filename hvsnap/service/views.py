@@ -49,6 +49,7 @@ def snapshot(row: Snapshot, disk: Disk, progress: Progress | None = None) -> wir
         created_at=when(row.created_at),
         accomplished_at=when_or_none(row.accomplished_at),
         group=row.group,
+        skew_ms=row.skew_ms,
         automatic=row.automatic,
         encrypted=disk.encrypted,
         expires_at=when_or_none(row.expires_at),

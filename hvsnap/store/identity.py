@@ -75,7 +75,7 @@ class ManifestHead:
 
 _DISK_KEYS = ("id", "guest_uuid", "guest_name", "target", "serial", "source", "format")
 _SNAPSHOT_KEYS = ("id", "disk", "name", "description", "kind", "method", "reason", "consistency", "retention")
-_SNAPSHOT_OTHERS = ("parent", "group", "created_at", "tags", "automatic", "expires_at", "locked_until")
+_SNAPSHOT_OTHERS = ("parent", "group", "created_at", "tags", "automatic", "expires_at", "locked_until", "skew_ms")
 _DISK_OTHERS = ("size_bytes", "system", "created_at", "encrypted")
 _SNAPSHOT_NUMBERS = ("sequence", "size_bytes", "read_bytes", "changed_bytes", "stored_bytes")
 
@@ -193,6 +193,7 @@ def _snapshot(fields: _Fields) -> Snapshot:
         locked_until=None if locked_until is None else float(locked_until),
         retention=fields.text("retention"),
         impact=_impact(fields.maybe("impact", dict)),
+        skew_ms=None if fields.get("skew_ms", float, int, type(None)) is None else fields.measure("skew_ms"),
     )
 
 

@@ -46,6 +46,9 @@ class Snapshot(Answer):
     created_at: AwareDatetime
     accomplished_at: AwareDatetime | None
     group: str | None
+    skew_ms: float | None = Field(
+        description="how far apart the instants of the group's guests are at most; null: of one guest, or not yet known"
+    )
     automatic: bool = Field(description="a policy made it")
     encrypted: bool = Field(description="its disk is encrypted: it is kept in encrypted stores only")
     expires_at: AwareDatetime | None = Field(description="null: not by time")
