@@ -8,7 +8,7 @@ Plan and action are apart: :func:`plan` compares two lists.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hvsnap.catalog.catalog import Catalog
@@ -90,11 +90,14 @@ async def make_plan(catalog: Catalog, store: PackedBlocks) -> ManifestPlan:
     return plan(before, listed, now, rows)
 
 
-async def reconcile(catalog: Catalog, store: PackedBlocks) -> tuple[int, bool]:
+async def reconcile(
+    catalog: Catalog, store: PackedBlocks, require_certain: Callable[[], None] = lambda: None
+) -> tuple[int, bool]:
     """Make the manifests say what the catalog says; return how many were written or removed, and whether that was all.
 
-    Nothing of a chain is removed while a manifest of it is still to be written. Raises what the store and the catalog
-    raise. Killed anywhere, it is simply begun again.
+    Nothing of a chain is removed while a manifest of it is still to be written. ``require_certain`` is called before
+    each one is removed: writing the others may have taken longer than a lease lasts. Raises what that, the store and
+    the catalog raise. Killed anywhere, it is simply begun again.
     """
     todo = await make_plan(catalog, store)
     done = 0
@@ -109,6 +112,7 @@ async def reconcile(catalog: Catalog, store: PackedBlocks) -> tuple[int, bool]:
     waiting = set(todo.write.values())
     for name in todo.remove:
         if name.disk not in waiting:
+            require_certain()
             await store.manifests.delete(name)
             done += 1
     return done, not todo.write

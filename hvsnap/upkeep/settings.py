@@ -67,6 +67,8 @@ class SettingsKeeper:
                 told = None
             if told != now:
                 kept = await self._store.settings.put(now) if now != HostSettings() else ""
+                if not self._certain():
+                    return True  # the older ones do no harm, and another writer's would be among them
                 await self._store.settings.remove(but=kept)
             self._known = now
             return told != now

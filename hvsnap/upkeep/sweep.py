@@ -116,6 +116,7 @@ class Sweeper:
             await self._packs(result)
             await self._may_remove("orphans")
             for name in await self._orphans():
+                self._require_certain()
                 await self._store.packs.delete(name)
                 result.orphans += 1
             await self._step("end")
@@ -142,7 +143,7 @@ class Sweeper:
     async def _reconcile(self, result: Swept) -> bool:
         """Let the manifests say what the catalog says; return whether blocks may be dropped now."""
         try:
-            result.manifests, complete = await reconcile(self._catalog, self._store)
+            result.manifests, complete = await reconcile(self._catalog, self._store, self._require_certain)
         except NoSpace as error:
             # Manifests of deleted snapshots stay and name blocks that are dropped now: a rebuild would find these
             # snapshots again, and damaged. That is better than a full store which can only be thrown away.
@@ -263,6 +264,9 @@ class Sweeper:
 
     async def _may_remove(self, step: str) -> None:
         await self._step(step)
+        self._require_certain()
+
+    def _require_certain(self) -> None:
         if not self._certain():
             hint = "nothing more is removed until it is certain; another daemon may have taken the store over"
             raise StoreBusy("this daemon may no longer be the store's only writer", hint=hint)
