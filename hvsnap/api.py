@@ -35,6 +35,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     "5XX": {"model": wire.Error, "description": "Failed"},
 }
 
+EVENT_STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
+STREAM_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+
 
 def create_app(service: Service, doorkeeper: Doorkeeper | None = None, *, read_only: bool = False) -> FastAPI:
     """Return the application; it holds nothing but the service. Without a doorkeeper whoever connects may do all."""
@@ -137,6 +140,12 @@ def _serving(service: Service) -> APIRouter:
     @router.post("/snapshots/{id}/serve")
     async def serve_snapshot(id: Id, body: wire.SnapshotServe) -> wire.Served:
         return await service.serving.serve(id, writable=body.writable)
+
+    @router.post("/snapshots/{id}/look", response_class=StreamingResponse, responses={200: {"content": EVENT_STREAM}})
+    async def look_into_snapshot(id: Id, body: wire.SnapshotServe) -> StreamingResponse:
+        items = service.serving.look(id, writable=body.writable)
+        # Begun before it is answered: what is refused is an error like all others.
+        return StreamingResponse(_look_stream(await anext(items), items), headers=STREAM_HEADERS)
 
     @router.post("/snapshots/{id}/unserve")
     async def unserve_snapshot(id: Id) -> wire.Served:
@@ -271,17 +280,14 @@ def _daemon(service: Service) -> APIRouter:
     async def take_hook(body: wire.HookCall) -> wire.HookTaken:
         return service.hooks.take(body)
 
-    text: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
-
-    @router.get("/events", response_class=StreamingResponse, responses={200: {"content": text}})
+    @router.get("/events", response_class=StreamingResponse, responses={200: {"content": EVENT_STREAM}})
     async def follow_events(
         guest: Name = "",
         since: Sequence = None,
         last_event_id: Annotated[str | None, Header(max_length=32)] = None,
     ) -> StreamingResponse:
         items = service.feed.open(_resume_after(last_event_id, since), guest)
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(_event_stream(items), media_type="text/event-stream", headers=headers)
+        return StreamingResponse(_event_stream(items), headers=STREAM_HEADERS)
 
     return router
 
@@ -313,6 +319,18 @@ async def _event_stream(items: AsyncIterator[Event | Progress | None]) -> AsyncI
                 yield f"event: progress\ndata: {views.progress(item).model_dump_json()}\n\n".encode()
             # Between two items of a long backlog the loop sees that the reader is gone, and serves others.
             await asyncio.sleep(0)
+
+
+async def _look_stream(first: wire.Served, items: AsyncIterator[wire.Served]) -> AsyncIterator[bytes]:
+    """Yield what is served as server-sent events."""
+    async with aclosing(items):  # type: ignore[type-var]
+        yield _told(first)
+        async for item in items:
+            yield _told(item)
+
+
+def _told(item: wire.Served) -> bytes:
+    return f"event: served\ndata: {item.model_dump_json()}\n\n".encode()
 
 
 # -- errors ---------------------------------------------------------------------------------------

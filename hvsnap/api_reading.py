@@ -12,7 +12,7 @@ from hvsnap.errors import Refused
 
 _DONE = re.compile(
     re.escape(wire.API)
-    + r"/(disks|tasks/[^/]+/cancel|recover|hooks|store/check|snapshots/[^/]+/(un)?serve|images/[^/]+/export)"
+    + r"/(disks|tasks/[^/]+/cancel|recover|hooks|store/check|snapshots/[^/]+/((un)?serve|look)|images/[^/]+/export)"
 )
 """Requests that are no GET and change nothing of the store, nor of what the catalog says of it."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket as sockets
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from hvsnap.errors import BadRequest, DaemonUnreachable, HvsnapError
 TIMEOUT_S = 60.0
 STREAM_TIMEOUT_S = 45.0
 """The daemon says something on the event stream at least every 15 seconds."""
+
+LET_GO_S = 5.0
+LET_GO_POLL_S = 0.02
 
 NAME_LENGTH_MAX = 4096
 
@@ -126,6 +130,35 @@ class Client:
                 yield from _items(response.iter_lines())
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
+
+    @contextlib.contextmanager
+    def looking(self, snapshot: str, body: BaseModel) -> Iterator[Iterator[wire.Served]]:
+        """Have a snapshot served as long as the block lasts, however this process ends.
+
+        Gives what is served, at once and then every 15 seconds; the iteration ends when it is not served any more.
+        """
+        content = body.model_dump(mode="json", exclude_unset=True)
+        path = place("snapshots", snapshot, "look")
+        try:
+            with self._http.stream("POST", path, json=content, timeout=httpx.Timeout(STREAM_TIMEOUT_S)) as response:
+                if response.status_code >= 400:
+                    response.read()
+                    raise self._error(response)
+                yield (
+                    wire.Served.model_validate_json(line[6:]) for line in response.iter_lines() if line[:6] == "data: "
+                )
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+
+    def let_go(self, served: wire.Served) -> None:
+        """Return when the daemon has seen that we look into a snapshot no more: from then on it may be deleted."""
+        deadline = time.monotonic() + LET_GO_S
+        while time.monotonic() < deadline:
+            listed = self.get("/served", wire.ServedList).served
+            now = next((one for one in listed if one.snapshot == served.snapshot), None)
+            if now is None or now.lookers < served.lookers:
+                return
+            time.sleep(LET_GO_POLL_S)
 
     def _call(self, method: str, path: str, answer: type[M], **options: Any) -> M:
         try:

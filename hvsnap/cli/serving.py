@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import time
 from collections.abc import Iterator
 from types import FrameType
 
 from hvsnap import wire
 from hvsnap.cli import render
-from hvsnap.cli.client import Client, DaemonError, body, place
+from hvsnap.cli.client import Client, body, place
 from hvsnap.cli.session import Session
-from hvsnap.errors import BadRequest, Failed
-
-POLL_S = 1.0
+from hvsnap.errors import BadRequest, Failed, HvsnapError
 
 
 def serve(session: Session, snapshot: str, *, writable: bool, detach: bool) -> int:
@@ -26,16 +23,12 @@ def serve(session: Session, snapshot: str, *, writable: bool, detach: bool) -> i
             answer = client.get("/served", wire.ServedList)
             session.answer(answer, render.served(answer, headers=not session.quiet))
             return 0
-        with _interruptible():
-            theirs = _find(client, snapshot) is not None
-            request = body(wire.SnapshotServe, writable=writable)
+        request = body(wire.SnapshotServe, writable=writable)
+        if detach:
             one = client.post(place("snapshots", snapshot, "serve"), wire.Served, request)
             session.answer(one, one.uri)
-            if detach:
-                return 0
-            if theirs:
-                session.remark("it was served already, and stays so when this command ends")
-            _stay(session, client, one, ours=not theirs)
+        else:
+            _stay(session, client, snapshot, request)
     return 0
 
 
@@ -46,27 +39,28 @@ def unserve(session: Session, snapshot: str) -> None:
     session.answer(one, "" if session.quiet else f"{one.snapshot} is not served any more")
 
 
-def _find(client: Client, snapshot: str) -> wire.Served | None:
-    found = client.get("/served", wire.ServedList).served
-    return next((one for one in found if one.snapshot == snapshot), None)
-
-
-def _stay(session: Session, client: Client, one: wire.Served, *, ours: bool) -> None:
-    """Return after Ctrl-C, having ended it if it is ours. Raises :class:`Failed` when it ends by itself."""
-    session.remark("Ctrl-C ends it")
+def _stay(session: Session, client: Client, snapshot: str, request: wire.SnapshotServe) -> None:
+    """Have it served, and return after Ctrl-C. Raises :class:`Failed` when it ends by itself."""
+    one: wire.Served | None = None
     try:
-        while _find(client, one.snapshot) is not None:
-            time.sleep(POLL_S)
+        with interruptible(), client.looking(snapshot, request) as told:
+            for now in told:
+                if one is None:
+                    if now.stays:
+                        session.remark("it is served already, and stays so when this command ends")
+                    session.remark("Ctrl-C ends it")
+                    session.answer(now, now.uri)
+                one = now
     except KeyboardInterrupt:
-        if ours:
-            with contextlib.suppress(DaemonError):  # somebody has ended it already
-                client.post(place("snapshots", one.snapshot, "unserve"), wire.Served)
+        if one is not None:
+            with contextlib.suppress(HvsnapError):
+                client.let_go(one)
         return
-    raise Failed(f"{one.snapshot} is not served any more", hint="somebody has ended it, or see the daemon's log")
+    raise Failed(f"{snapshot} is not served any more", hint="somebody has ended it, or see the daemon's log")
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Let SIGTERM do what Ctrl-C does: nothing stays served that a script started in its foreground."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from hvsnap import wire
@@ -20,6 +20,11 @@ from hvsnap.service.views import when
 
 SERVED_MAX = 64
 """Each is a process, and memory of its own."""
+
+LOOKERS_MAX = 64
+"""Each is a connection to our socket, which takes 256 of them."""
+
+KEEP_ALIVE_S = 15.0
 
 
 class Server(Protocol):
@@ -42,16 +47,25 @@ class Server(Protocol):
 
 @dataclass(slots=True)
 class _One:
-    """A snapshot that is served; ``hold`` keeps it from being deleted."""
+    """A snapshot that is served; ``hold`` keeps it from being deleted.
+
+    It ends with the last of those who look into it, unless it ``stays``.
+    """
 
     served: Served
     disk: Disk
     since: float
     hold: contextlib.ExitStack
+    stays: bool = False
+    lookers: int = 0
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Serving:
-    """Serves snapshots on request, each once; what is served ends with the daemon."""
+    """Serves snapshots on request, each once: until it is ended, or as long as somebody looks into it.
+
+    What is served ends with the daemon.
+    """
 
     def __init__(
         self, catalog: Catalog, snapshots: Snapshots, uses: Uses, server: Server, clock: Clock, access: Access
@@ -64,26 +78,66 @@ class Serving:
         self._access = access
         self._served: dict[SnapshotId, _One] = {}
         self._turn = asyncio.Lock()
+        self._leaving: set[asyncio.Task[None]] = set()
         self._ended = False
 
     async def serve(self, snapshot_id: str, *, writable: bool) -> wire.Served:
-        """Serve a snapshot; one that is served the same way already is told again.
+        """Serve a snapshot until it is ended; one that is served the same way already is told again.
 
         Raises :class:`SnapshotUnknown`, :class:`Refused`, :class:`SnapshotInUse` while it is being deleted,
         :class:`Busy`, and :class:`Failed` where nbdkit is not installed.
         """
+        async with self._turn:
+            one = await self._known(snapshot_id, writable=writable)
+            one.stays = True
+            return _view(one)
+
+    async def look(self, snapshot_id: str, *, writable: bool) -> AsyncIterator[wire.Served]:
+        """Serve a snapshot as long as this is being read: it tells what is served, at once and then every 15 seconds.
+
+        Whoever asks may vanish in whatever way: closed or dropped, this lets go. It ends by itself when the snapshot is
+        not served any more. Raises what :meth:`serve` raises, with the first item.
+        """
+        async with self._turn:
+            if sum(one.lookers for one in self._served.values()) >= LOOKERS_MAX:
+                raise Busy(f"{LOOKERS_MAX} clients look into snapshots already", hint="try again when one has ended")
+            one = await self._known(snapshot_id, writable=writable)
+            one.lookers += 1
+        try:
+            while not one.ended.is_set():
+                yield _view(one)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(one.ended.wait(), KEEP_ALIVE_S)
+        finally:
+            one.lookers -= 1
+            # Not here: whose request was cancelled cannot wait for anything any more.
+            leaving = asyncio.create_task(self._leave(one), name=f"leave snapshot {one.served.snapshot.id}")
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
+
+    async def _leave(self, one: _One) -> None:
+        """End what nobody looks into any more."""
+        async with self._turn:
+            if one.lookers or one.stays or self._served.get(one.served.snapshot.id) is not one:
+                return
+            try:
+                await self._end(one)
+            finally:  # listed until the snapshot is free: whoever waits for that may then delete it
+                self._served.pop(one.served.snapshot.id, None)
+
+    async def _known(self, snapshot_id: str, *, writable: bool) -> _One:
+        """Return what serves a snapshot, begun if need be; the turn is ours."""
         row = await self._snapshots.row(snapshot_id)
         if row.state is not State.ACCOMPLISHED:
             raise Refused(f"snapshot {row.id} is {row.state}", hint="only accomplished snapshots can be served")
-        async with self._turn:
-            known = self._served.get(row.id)
-            if known is None:
-                known = await self._begin(row, writable=writable)
-            elif known.served.what.writable != writable:
-                how = "writable" if known.served.what.writable else "read-only"
-                hint = f"end that first: `hvsnap snapshot-unserve {row.id}`"
-                raise Busy(f"snapshot {row.id} is served {how} already", hint=hint)
-            return _view(known)
+        known = self._served.get(row.id)
+        if known is None:
+            return await self._begin(row, writable=writable)
+        if known.served.what.writable != writable:
+            how = "writable" if known.served.what.writable else "read-only"
+            hint = f"end that first: `hvsnap snapshot-unserve {row.id}`"
+            raise Busy(f"snapshot {row.id} is served {how} already", hint=hint)
+        return known
 
     async def _begin(self, row: Snapshot, *, writable: bool) -> _One:
         if self._ended:
@@ -121,8 +175,10 @@ class Serving:
             self._ended = True
             ending, self._served = list(self._served.values()), {}
             await asyncio.gather(*(self._end(one) for one in ending))
+        await asyncio.gather(*self._leaving)
 
     async def _end(self, one: _One) -> None:
+        one.ended.set()
         with one.hold:
             await asyncio.shield(self._server.end(one.served))
 
@@ -145,4 +201,6 @@ def _view(one: _One) -> wire.Served:
         writable=what.writable,
         size_bytes=one.served.snapshot.size_bytes,
         since=when(one.since),
+        stays=one.stays,
+        lookers=one.lookers,
     )

@@ -16,7 +16,8 @@ POST /v1/snapshots/{id}/cancel                          Snapshot       202; it e
 POST /v1/snapshots/{id}/edit         SnapshotEdit       Snapshot
 POST /v1/snapshots/{id}/lock         SnapshotLock       Snapshot       until a time; never made shorter
 POST /v1/snapshots/{id}/serve        SnapshotServe      Served         as a disk, at a Unix socket, for clients of NBD
-POST /v1/snapshots/{id}/unserve                         Served
+POST /v1/snapshots/{id}/look         SnapshotServe      event stream   served as long as this answer is being read
+POST /v1/snapshots/{id}/unserve                         Served         ends it, whoever looks into it
 GET  /v1/served                                         ServedList
 POST /v1/snapshots/delete            SnapshotDelete     Deletion       all of them or none; with ``dry_run`` the plan
 POST /v1/snapshots/verify            SnapshotVerify     Task           202; reads every block again
@@ -66,6 +67,9 @@ found, 409 refused by a rule, 423 busy, 422 damaged data, 503 the daemon is stop
 is :class:`Event`. Progress has ``event: progress``, no id, and :class:`Progress` as data. ``Last-Event-ID`` (or
 ``?since=SEQUENCE``) resumes after that event; without it the stream starts with what happens next. A comment line
 (``: keep-alive``) comes at least every 15 seconds. A reader that falls behind loses progress, never events.
+
+What ``look`` answers is such a stream, too: ``event: served``, with :class:`Served` as data, at once and every 15 seconds,
+until the snapshot is not served any more. A client that vanishes lets go of its snapshot.
 """
 
 from __future__ import annotations

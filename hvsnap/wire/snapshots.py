@@ -136,6 +136,8 @@ class Served(Answer):
     writable: bool
     size_bytes: int
     since: AwareDatetime
+    stays: bool = Field(description="until it is ended; else as long as somebody looks into it")
+    lookers: int = Field(description="how many clients hold it, each by a request of its own")
 
 
 class ServedList(Answer):

@@ -13,7 +13,7 @@ from hvsnap import openapi, wire
 
 DOCS = Path(__file__).parents[2] / "docs"
 DOCUMENT = openapi.document()
-STREAMS = {"/v1/events"}
+STREAMS = {"/v1/events", "/v1/snapshots/{id}/look"}
 
 
 def calls() -> Iterator[tuple[str, str, dict[str, Any]]]:

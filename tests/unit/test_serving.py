@@ -267,3 +267,78 @@ async def test_an_nbdkit_that_is_killed_lets_go_of_its_snapshot(
         while (await client.get("/v1/served")).json()["served"]:  # noqa: ASYNC110 - a watch of the daemon's
             await asyncio.sleep(0.05)
     assert (await client.post("/v1/snapshots/delete", json={"ids": [one]})).status_code == 200
+
+
+class Looking:
+    """A client that looks into a snapshot, until it goes."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self._response = response
+        self._lines = response.aiter_lines()
+
+    async def told(self) -> wire.Served | None:
+        """Return what is told next; None at the end."""
+        async for line in self._lines:
+            if line.startswith("data: "):
+                return wire.Served.model_validate_json(line.removeprefix("data: "))
+        return None
+
+    async def go(self) -> None:
+        """End it as a client that was killed does."""
+        await self._response.aclose()
+
+
+async def looked(client: httpx.AsyncClient, snapshot: str, **body: bool) -> tuple[wire.Served, Looking]:
+    """Look into a snapshot."""
+    request = client.build_request("POST", f"/v1/snapshots/{snapshot}/look", json=body)
+    looking = Looking(await client.send(request, stream=True))
+    served = await looking.told()
+    assert served is not None
+    return served, looking
+
+
+async def lookers(client: httpx.AsyncClient, *wanted: int) -> None:
+    """Return once so many look into each snapshot that is served."""
+    async with asyncio.timeout(30):
+        while True:
+            listed = wire.ServedList.model_validate((await client.get("/v1/served")).json())
+            if tuple(one.lookers for one in listed.served) == wanted:
+                return
+            await asyncio.sleep(0.02)
+
+
+async def test_what_is_looked_into_is_served_as_long_as_somebody_does(
+    api: tuple[httpx.AsyncClient, SnapshotId, SnapshotId],
+) -> None:
+    client, one, _two = api
+    first, looking = await looked(client, one)
+    assert (first.stays, first.lookers) == (False, 1)
+    second, other = await looked(client, one)
+    assert (second.uri, second.lookers) == (first.uri, 2)
+    refused = await client.post("/v1/snapshots/delete", json={"ids": [one]})
+    assert "being served" in refused.json()["message"]
+    assert (await client.post(f"/v1/snapshots/{one}/look", json={"writable": True})).status_code == 423
+    await looking.go()
+    await lookers(client, 1)
+    assert (await output("nbdinfo", "--size", first.uri)).split() == [str(64 * BLOCK).encode()]
+    await other.go()
+    await lookers(client)
+    assert not os.path.lexists(first.socket)
+    assert (await client.post("/v1/snapshots/delete", json={"ids": [one]})).status_code == 200
+    assert (await client.post(f"/v1/snapshots/{one}/look", json={})).status_code == 404
+
+
+async def test_what_is_served_until_it_is_ended_outlives_lookers_and_its_end_ends_them(
+    api: tuple[httpx.AsyncClient, SnapshotId, SnapshotId],
+) -> None:
+    client, one, _two = api
+    _served, looking = await looked(client, one)
+    stays = wire.Served.model_validate((await client.post(f"/v1/snapshots/{one}/serve", json={})).json())
+    assert (stays.stays, stays.lookers) == (True, 1)
+    await looking.go()
+    await lookers(client, 0)
+    _served, looking = await looked(client, one)
+    assert (await client.post(f"/v1/snapshots/{one}/unserve")).status_code == 200
+    async with asyncio.timeout(30):
+        assert await looking.told() is None
+    await lookers(client)
