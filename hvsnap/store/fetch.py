@@ -140,6 +140,9 @@ class Fetcher:
         except NotFound as error:
             raise Damaged(f"{what}, is missing") from error
         except StoreFailed as error:
-            if await self._objects.size(read.pack) < read.end:
-                raise Damaged(f"{what}, was cut short") from error
+            try:
+                if await self._objects.size(read.pack) < read.end:
+                    raise Damaged(f"{what}, was cut short") from error
+            except NotFound:  # removed since: perhaps its blocks are elsewhere by now
+                raise Damaged(f"{what}, is missing") from error
             raise

@@ -28,6 +28,9 @@ TTL_S_MAX = 86_400.0
 
 BYTES_MAX = 64 * 1024
 RENEWALS_PER_TTL = 3
+CERTAIN_SHARE = 2 / 3
+"""Of that time: the rest is for a removal that was begun, and takes so long (:data:`hvsnap.store.s3.REMOVAL_S`)."""
+
 POLL_S_MAX = 2.0
 DIGITS = 12
 
@@ -71,6 +74,8 @@ class WriterLease:
         self._ttl_s = ttl_s
         self._number = 0
         self._renewed_at = 0.0
+        self._unanswered: dict[bytes, float] = {}
+        """Terms that may have begun, since a request's answer was lost: their bytes, and when it was made."""
 
     @property
     def number(self) -> int:
@@ -80,7 +85,7 @@ class WriterLease:
     @property
     def certain(self) -> bool:
         """Whether nobody else can have taken the lease: asked before anything is removed from the repository."""
-        return self._number > 0 and time.monotonic() - self._renewed_at < self._ttl_s
+        return self._number > 0 and _now() - self._renewed_at < self._ttl_s * CERTAIN_SHARE
 
     async def acquire(self) -> None:
         """Take the lease: at once where it is free or was our own, else when its holder has let it expire.
@@ -129,11 +134,38 @@ class WriterLease:
     # -- inside -----------------------------------------------------------------------------------
 
     async def _create(self, number: int, *, released: bool = False) -> None:
-        """Begin the next term; it counts from before the request, whenever that took effect."""
-        asked_at = time.monotonic()
-        term = Term(self._holder, self._host, self._ttl_s, released, secrets.token_hex(16))
-        await self._objects.put(_name(number), term.encode())
+        """Begin the next term; it counts from before the request, whenever that took effect.
+
+        Raises :class:`ObjectExists` if somebody else has: another one with our own name included (a copy of this host).
+        """
+        asked_at = _now()
+        data = Term(self._holder, self._host, self._ttl_s, released, secrets.token_hex(16)).encode()
+        try:
+            await self._objects.put(_name(number), data)
+        except ObjectExists:
+            earlier = await self._ours(number)
+            if earlier is None:
+                raise
+            self._began(number, earlier)
+            await self._create(number + 1, released=released)
+        except BaseException:  # a cancellation, too, ends no request that is on its way
+            self._unanswered[data] = asked_at
+            raise
+        else:
+            self._began(number, asked_at)
+
+    def _began(self, number: int, asked_at: float) -> None:
         self._number, self._renewed_at = number, asked_at
+        self._unanswered.clear()
+
+    async def _ours(self, number: int) -> float | None:
+        """Return when we asked for a term whose answer was lost; None if it is somebody else's."""
+        if not self._unanswered:
+            return None
+        try:
+            return self._unanswered.get(await self._objects.get(_name(number)))
+        except NotFound:
+            return None
 
     async def _latest(self) -> tuple[int, Term | None]:
         """Return the newest term and its number; 0 and None if there is none."""
@@ -163,6 +195,11 @@ class WriterLease:
         async for item in self._objects.list(LEASE):
             if _number(item.name) < number - 1:
                 await self._objects.delete(item.name)
+
+
+def _now() -> float:
+    """Return seconds that go on while the host sleeps: others count them, too."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _check(values: dict[str, object]) -> str:

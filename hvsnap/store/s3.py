@@ -49,8 +49,14 @@ CONNECT_TIMEOUT_S = 5.0
 DEADLINE_S = 120.0
 """How long one operation is repeated: a gateway restarts, and a Ceph OSD fails over, within seconds."""
 
+REMOVAL_S = 20.0
+"""The same for a removal: one that came later might meet another writer, who has taken the lease over (lease.py)."""
+
 PAUSE_S_FIRST = 0.2
 PAUSE_S_MAX = 10.0
+
+CONFLICTS_MAX = 3
+"""How often a name may be said to be taken, and not be there, before that is believed."""
 
 _REFUSALS = (
     exceptions.PermissionDeniedError,
@@ -192,7 +198,7 @@ class S3Objects:
             except (exceptions.NotFoundError, FileNotFoundError):
                 return
 
-        await self._patiently(f"cannot delete {self._named(name)}", once)
+        await self._patiently(f"cannot delete {self._named(name)}", once, min(REMOVAL_S, self._deadline_s))
 
     async def clean_temporaries(self) -> int:
         """Nothing lies about here: the endpoint keeps unfinished uploads, and a rule of the bucket ends them."""
@@ -213,12 +219,21 @@ class S3Objects:
         async def once() -> None:
             await obstore.put_async(self._store, path, data, mode="create", use_multipart=False)
 
-        try:
-            await self._patiently(f"cannot write {self._named(name)}", once)
-        except ObjectExists:
-            # Perhaps by us: a request whose answer was lost is repeated, and then meets what it wrote itself.
-            if await self.get(name) != data:
+        for attempt in range(CONFLICTS_MAX):
+            try:
+                await self._patiently(f"cannot write {self._named(name)}", once)
+            except ObjectExists:
+                try:
+                    # Perhaps by us: a request whose answer was lost is repeated, and then meets what it wrote itself.
+                    if await self.get(name) == data:
+                        return
+                except NotFound:
+                    # AWS refuses a creation in the same way while it removes the name, or settles another one.
+                    if attempt + 1 < CONFLICTS_MAX:
+                        await asyncio.sleep(PAUSE_S_FIRST)
+                        continue
                 raise
+            return
 
     async def _upload(self, name: str, file: IO[bytes], size_bytes: int) -> None:
         """Upload an object in parts."""
@@ -240,10 +255,11 @@ class S3Objects:
         if await self.size(name) != size_bytes:
             raise StoreFailed(f"{self._named(name)} has not the size that was written", hint="try again")
 
-    async def _patiently(self, what: str, once: Callable[[], Awaitable[T]]) -> T:
+    async def _patiently(self, what: str, once: Callable[[], Awaitable[T]], deadline_s: float = 0.0) -> T:
         """Repeat a request until its outcome is certain, with growing, jittered pauses, up to the deadline."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._deadline_s
+        deadline_s = deadline_s or self._deadline_s
+        deadline = loop.time() + deadline_s
         pause_s = PAUSE_S_FIRST
         while True:
             try:
@@ -258,7 +274,7 @@ class S3Objects:
                 raise StoreFailed(f"{what}: {_first_line(error)}", hint=hint) from error
             except (exceptions.BaseError, OSError, TimeoutError) as error:
                 if loop.time() + pause_s >= deadline:
-                    hint = f"it was tried for {self._deadline_s:.0f} s: is the endpoint up, does the bucket exist?"
+                    hint = f"it was tried for {deadline_s:.0f} s: is the endpoint up, does the bucket exist?"
                     raise StoreFailed(f"{what}: {_first_line(error)}", hint=hint) from error
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
             pause_s = min(PAUSE_S_MAX, pause_s * 2)

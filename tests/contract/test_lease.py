@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from tests.ceph import Ceph
 from tests.contract.conftest import BUCKET
 from tests.store_kit import MemoryObjects
 
-TTL_S = 0.6
+TTL_S = 0.9
 
 Make = Callable[..., WriterLease]
 
@@ -105,6 +106,59 @@ async def test_renewing_leaves_no_heap_of_objects(objects: ObjectStore) -> None:
     keeping.cancel()
     await asyncio.gather(keeping, return_exceptions=True)
     assert len([item async for item in objects.list(LEASE)]) <= 3
+
+
+async def test_a_renewal_whose_answer_was_lost_is_no_other_writer(objects: ObjectStore) -> None:
+    """It took effect, and nobody was told; the next renewal finds it there. The same with the last one of all."""
+    one = lease(objects, "a", ttl_s=3600)
+    await one.acquire()
+    put = objects.put
+
+    async def deaf(name: str, data: bytes) -> None:
+        await put(name, data)
+        raise StoreFailed("no answer")
+
+    async def lose_one() -> int:
+        objects.put = deaf  # type: ignore[method-assign]
+        with pytest.raises(StoreFailed):
+            await one._create(one.number + 1)
+        objects.put = put  # type: ignore[method-assign]
+        return one.number
+
+    before = await lose_one()
+    await one._create(before + 1)
+    assert (one.number, one.certain) == (before + 2, True)
+    before = await lose_one()
+    assert await one.release() == before + 2
+    async with asyncio.timeout(10):
+        await lease(objects, "b", ttl_s=3600).acquire()
+
+
+async def test_a_copy_of_a_host_is_another_writer_even_after_lost_answers(objects: ObjectStore) -> None:
+    one = lease(objects, "a", ttl_s=0.3)
+    await one.acquire()
+    put = objects.put
+
+    async def deaf(_name: str, _data: bytes) -> None:
+        raise StoreFailed("no answer")
+
+    objects.put = deaf  # type: ignore[method-assign]
+    with pytest.raises(StoreFailed):
+        await one._create(one.number + 1)
+    objects.put = put  # type: ignore[method-assign]
+    await lease(objects, "a", ttl_s=0.3).acquire()
+    with pytest.raises(StoreBusy):
+        async with asyncio.timeout(10):
+            await one.keep()
+
+
+async def test_a_host_that_slept_is_not_certain(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = lease(MemoryObjects(), "a", ttl_s=60)
+    await one.acquire()
+    assert one.certain
+    gone = time.clock_gettime(time.CLOCK_BOOTTIME) + 61
+    monkeypatch.setattr(time, "clock_gettime", lambda clock: gone if clock == time.CLOCK_BOOTTIME else 0.0)
+    assert not one.certain
 
 
 async def test_a_store_that_fails_for_a_while_costs_certainty_not_the_lease(tmp_path: Path) -> None:

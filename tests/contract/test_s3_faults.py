@@ -8,11 +8,15 @@ import signal
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
+import obstore
 import pytest
+from obstore.exceptions import AlreadyExistsError
+from obstore.store import MemoryStore
 
 from hvsnap.errors import NotFound, ObjectExists, StoreFailed
-from hvsnap.store.s3 import S3Objects, connect
+from hvsnap.store.s3 import Place, S3Objects, connect
 from tests.ceph import Ceph
 from tests.contract.conftest import BUCKET
 from tests.fault_proxy import FaultProxy, fault_proxy
@@ -75,6 +79,28 @@ async def test_a_put_whose_answer_was_lost_does_not_take_its_own_object_for_anot
     with pytest.raises(ObjectExists):
         await objects.put("x", b"other")
     assert await objects.get("x") == b"mine"
+
+
+async def test_a_name_that_is_said_to_be_taken_and_is_not_there_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AWS refuses a creation so while it settles another one of that name; no endpoint here does."""
+    objects = S3Objects(Place("bucket", ""), tmp_path, store=MemoryStore())
+    put, refusals = obstore.put_async, 2
+
+    async def conflicting(*arguments: Any, **options: Any) -> Any:
+        nonlocal refusals
+        if refusals:
+            refusals -= 1
+            raise AlreadyExistsError("conflict")
+        return await put(*arguments, **options)
+
+    monkeypatch.setattr(obstore, "put_async", conflicting)
+    await objects.put("lease/1", b"mine")
+    assert await objects.get("lease/1") == b"mine"
+    refusals = 9
+    with pytest.raises(ObjectExists):
+        await objects.put("lease/2", b"mine")
 
 
 async def test_an_endpoint_that_stays_away_fails_at_the_deadline_and_says_so(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hvsnap.errors import Damaged
+from hvsnap.errors import Damaged, StoreFailed
 from hvsnap.store.intake import Intake
 from hvsnap.upkeep import manifests
 from hvsnap.upkeep.sweep import Sweeper
@@ -212,26 +212,28 @@ async def test_a_put_waits_while_blocks_are_dropped_and_is_told_nothing_stale(ho
     await exact(house, disks)
 
 
+@pytest.mark.parametrize("cut", [False, True])
 async def test_a_reader_finds_blocks_that_moved_since_it_looked(
-    house: House, disks: Disks, monkeypatch: pytest.MonkeyPatch
+    house: House, disks: Disks, monkeypatch: pytest.MonkeyPatch, cut: bool
 ) -> None:
-    """The pack is rewritten and deleted between the look into the catalog and the reading."""
+    """The pack is rewritten and deleted between the look into the catalog and the reading, or while it is read."""
     snapshot = list(disks.expected)[-1]
     packs = await house.catalog.upkeep.packs()
-    fetcher = house.store._fetcher
-    read = fetcher._range
+    read = house.objects.get_range
     moved = False
 
-    async def move_first(part: object) -> bytes:
+    async def move_first(name: str, start: int, length: int) -> bytes:
         nonlocal moved
         if not moved:
             moved = True
             await house.sweeper.sweep()
             await house.sweeper.rewrite(await house.catalog.upkeep.packs())
             assert {pack.name for pack in packs}.isdisjoint({p.name for p in await house.catalog.upkeep.packs()})
-        return await read(part)  # type: ignore[arg-type]
+            if cut:
+                raise StoreFailed("it was being read, and ended")
+        return await read(name, start, length)
 
-    monkeypatch.setattr(fetcher, "_range", move_first)
+    monkeypatch.setattr(house.objects, "get_range", move_first)
     assert await restored(house, snapshot) == disks.expected[snapshot]
     assert moved
 
