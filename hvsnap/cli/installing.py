@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 from hvsnap import wire
-from hvsnap.cli import manual
 from hvsnap.cli.session import Session
 from hvsnap.cli.text import safe
 from hvsnap.config import DEFAULT_PATH, Settings
@@ -33,7 +32,7 @@ FILES = (
     Shipped("sysusers.conf", "/etc/sysusers.d/hvsnap.conf"),
     Shipped("tmpfiles.conf", "/etc/tmpfiles.d/hvsnap.conf"),
     Shipped("hvsnap.toml", str(DEFAULT_PATH), owners=True),
-    Shipped(manual.NAME, f"/usr/local/share/man/man1/{manual.NAME}"),
+    Shipped("hvsnap.1", "/usr/local/share/man/man1/hvsnap.1"),
 )
 
 NEXT = (
@@ -66,7 +65,7 @@ def install(session: Session, prefix: str, *, dry_run: bool) -> None:
 def _plan(one: Shipped, prefix: str, program: Path, settings: Settings) -> tuple[bytes, wire.InstalledFile]:
     """Return a file's content, and what is to be done with it."""
     path = Path(prefix + one.path)
-    text = manual.page() if one.name == manual.NAME else (UNITS / one.name).read_text()
+    text = (UNITS / one.name).read_text()
     content = text.replace("@HVSNAP@", str(program)).replace("@STATE@", settings.state_dir).encode()
     action: Literal["create", "update", "keep"]
     try:

@@ -9,7 +9,7 @@ from io import TextIOWrapper
 from typer.exceptions import Abort, TyperException
 
 from hvsnap.cli.complaints import INTERRUPTED, complain, wrong_usage
-from hvsnap.cli.grammar import root
+from hvsnap.cli.grammar import NoCommand, root
 from hvsnap.cli.session import Session
 from hvsnap.errors import BadRequest
 
@@ -41,6 +41,10 @@ def run(arguments: Sequence[str], session: Session | None = None) -> int:
         return INTERRUPTED
     except SystemExit as end:  # typer's own options end like this, and so does a reader that went away
         return end.code if isinstance(end.code, int) else 1
+    if isinstance(status, NoCommand):
+        from hvsnap.cli import shell  # noqa: PLC0415 - readline and its history only where somebody types
+
+        return shell.without_command(status, run)
     return status if isinstance(status, int) else 0
 
 

@@ -1,13 +1,11 @@
 """hvsnap(1), made from the commands themselves, in the macros of man(7).
 
-``python -m hvsnap.cli.manual docs`` writes ``docs/hvsnap.1``; `hvsnap install` puts the same text in place. A test
-fails when the file is not up to date.
+``python -m hvsnap.cli.manual`` writes it; `hvsnap install` puts it in place. A test fails when it is not up to date.
 """
 
 from __future__ import annotations
 
 import re
-import sys
 import textwrap
 from collections.abc import Iterator
 from enum import Enum
@@ -16,9 +14,10 @@ from typing import Any
 
 from hvsnap import __version__
 from hvsnap.cli import grammar
+from hvsnap.cli.grammar.command import COMMON
 from hvsnap.config import DEFAULT_PATH, ENVIRONMENT, Settings
 
-NAME = "hvsnap.1"
+PLACE = Path(__file__).parents[1] / "units" / "hvsnap.1"
 WIDTH = 72
 
 EXIT_STATUS = {
@@ -80,7 +79,7 @@ def _commands() -> Iterator[str]:
 
 
 def _command(command: Any) -> Iterator[str]:
-    own = [one for one in command.params if one.rich_help_panel != grammar.COMMON]
+    own = [one for one in command.params if one.rich_help_panel != COMMON]
     pieces = [_usage(one) for one in own if one.param_type_name == "argument"]
     options = [one for one in own if one.param_type_name == "option"]
     yield ".TP"
@@ -163,16 +162,10 @@ def _quoted(text: str) -> str:
     return '"' + _text(text).replace('"', '""') + '"'
 
 
-def files() -> dict[str, str]:
-    """Return what is written: paths below docs/, and texts."""
-    return {NAME: page()}
-
-
-def main(directory: str) -> None:
-    """Write the file below ``directory``."""
-    for path, text in files().items():
-        (Path(directory) / path).write_text(text)
+def main() -> None:
+    """Write the file beside what else `hvsnap install` puts in place."""
+    PLACE.write_text(page())
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -8,14 +8,11 @@ import os
 import readline
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-
-import typer
 
 from hvsnap.cli import grammar
 from hvsnap.cli.complaints import complain
-from hvsnap.cli.main import run
 from hvsnap.cli.session import Session
 from hvsnap.errors import BadRequest
 
@@ -25,18 +22,21 @@ OWN = ("help", "quit", "exit")
 WRONG_USAGE = 2
 
 
-def without_command(ctx: typer.Context, session: Session) -> int:
+Run = Callable[[Sequence[str], Session], int]
+"""How a command line is run: its words, the options that apply before its own; its exit status."""
+
+
+def without_command(given: grammar.NoCommand, run: Run) -> int:
     """Do what `hvsnap` alone means: the shell on a terminal, the help elsewhere. Return the exit status."""
     if sys.stdin.isatty() and sys.stdout.isatty():
-        return converse(session)
-    if session.json:
+        return converse(given.session, run)
+    if given.session.json:
         return complain(BadRequest("no command was given", hint="`hvsnap --help` lists them"), "usage", as_json=True)
-    with contextlib.redirect_stdout(sys.stderr):
-        typer.echo(ctx.get_help())
+    print(given.help, file=sys.stderr)
     return WRONG_USAGE
 
 
-def converse(session: Session) -> int:
+def converse(session: Session, run: Run) -> int:
     """Read lines and run them until `quit` or the end of the input; an error does not end it."""
     if not session.quiet:
         print("Welcome to hvsnap. `help` lists the commands, `help COMMAND` explains one, `quit` ends.\n")
@@ -50,11 +50,11 @@ def converse(session: Session) -> int:
             except EOFError:
                 print()
                 return 0
-            if not obey(line, session):
+            if not obey(line, session, run):
                 return 0
 
 
-def obey(line: str, session: Session) -> bool:
+def obey(line: str, session: Session, run: Run) -> bool:
     """Run one line; return False if it was the last one."""
     try:
         words = shlex.split(line, comments=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -14,13 +13,11 @@ from hvsnap.cli import grammar, manual
 from hvsnap.cli.complaints import INTERRUPTED
 from tests.unit.test_cli_docs import kinds
 
-DOCS = Path(__file__).parents[2] / "docs"
-PAGE = DOCS / manual.NAME
+PAGE = manual.PLACE
 
 
 def test_the_page_is_up_to_date() -> None:
-    for path, text in manual.files().items():
-        assert (DOCS / path).read_text() == text, "run: python -m hvsnap.cli.manual docs"
+    assert PAGE.read_text() == manual.page(), "run: python -m hvsnap.cli.manual"
 
 
 @pytest.mark.skipif(shutil.which("mandoc") is None, reason="mandoc is not installed")

@@ -1,4 +1,4 @@
-"""What can be typed about images; see :mod:`hvsnap.cli.grammar`."""
+"""What can be typed about images."""
 # ruff: noqa: PLC0415
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hvsnap.cli import words
-from hvsnap.cli.grammar import Detach, Snapshot, command
+from hvsnap.cli.grammar.command import Detach, Snapshot, command
 from hvsnap.cli.session import Session
 
 IMAGES = "Images"

@@ -1,4 +1,4 @@
-"""What can be typed about the store: the rest of :mod:`hvsnap.cli.grammar`."""
+"""What can be typed about the store."""
 # ruff: noqa: PLC0415
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hvsnap.cli import words
-from hvsnap.cli.grammar import SNAPSHOTS, Detach, command, flag
+from hvsnap.cli.grammar.command import SNAPSHOTS, Detach, command, flag
 from hvsnap.cli.session import Session
 
 STORE = "The store"

@@ -1,4 +1,4 @@
-"""What can be typed about policies and locks; see :mod:`hvsnap.cli.grammar`."""
+"""What can be typed about policies and locks."""
 # ruff: noqa: PLC0415
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hvsnap.cli import words
-from hvsnap.cli.grammar import SNAPSHOTS, Snapshot, command
+from hvsnap.cli.grammar.command import SNAPSHOTS, Snapshot, command
 from hvsnap.cli.session import Session
 
 POLICIES = "Policies"

@@ -1,4 +1,4 @@
-"""What can be typed about libvirt's hook and the service: the rest of :mod:`hvsnap.cli.grammar`."""
+"""What can be typed about libvirt's hook and the service."""
 # ruff: noqa: PLC0415
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hvsnap.cli.grammar import command, flag
+from hvsnap.cli.grammar.command import command, flag
 from hvsnap.cli.session import Session
 
 HOST = "Setting up a host"

@@ -1,4 +1,4 @@
-"""What can be typed to look into snapshots: more of :mod:`hvsnap.cli.grammar`."""
+"""What can be typed to look into snapshots."""
 # ruff: noqa: PLC0415
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hvsnap.cli import words
-from hvsnap.cli.grammar import SNAPSHOTS, command, flag
+from hvsnap.cli.grammar.command import SNAPSHOTS, command, flag
 from hvsnap.cli.session import Session
 
 
