@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvsnap.errors import HvsnapError
+from hvsnap.instant import Span
 from hvsnap.model import Bitmap, BlockPlace, DiskActivity, Event, GuestUuid, GuestView, Progress, SnapshotId
 from hvsnap.secret import Passphrase
 
@@ -261,8 +262,8 @@ class Fleecer(Protocol):
         """Put everything in place; no instant is held yet. Raises :class:`Refused`, :class:`ForeignJob`."""
         ...
 
-    async def fleece_hold(self, uuid: GuestUuid, disks: Sequence[FleecedDisk]) -> None:
-        """Hold the instant of all disks, at once or not at all."""
+    async def fleece_hold(self, uuid: GuestUuid, disks: Sequence[FleecedDisk]) -> Span:
+        """Hold the instant of all disks, at once or not at all; tells when that was."""
         ...
 
     async def fleece_export(self, uuid: GuestUuid, disks: Sequence[FleecedDisk]) -> dict[str, NbdExport]:
@@ -321,8 +322,8 @@ class Hypervisor(Protocol):
         """Remove a bitmap from the active image; one that is not there is no error."""
         ...
 
-    async def switch_to_overlays(self, uuid: GuestUuid, overlays: dict[str, str]) -> None:
-        """Redirect the writes of all targets to their overlay files at one instant, or of none."""
+    async def switch_to_overlays(self, uuid: GuestUuid, overlays: dict[str, str]) -> Span:
+        """Redirect the writes of all targets to their overlay files at one instant, or of none; tells when that was."""
         ...
 
     async def commit_start(self, uuid: GuestUuid, target: str, base: str) -> None:

@@ -1,6 +1,6 @@
-"""One capture of one guest's disks: the steps of docs/capture.md, in their order.
+"""One capture of one or several guests' disks: the steps of docs/capture.md, in their order.
 
-Every step is journaled before it is done. Whatever raises here, the caller settles the journal's entry afterwards
+Every step is journaled before it is done. Whatever raises here, the caller settles the journal's entries afterwards
 (:mod:`hvsnap.capture.settle`), so that there is one way of undoing for errors, cancellation and crashes.
 """
 
@@ -8,209 +8,163 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from hvsnap.capture.facts import Mode, Step
-from hvsnap.capture.fleece import Fleece
-from hvsnap.capture.freeze import Freezer
-from hvsnap.capture.impact import Watch
+from hvsnap.capture.facts import Step
+from hvsnap.capture.freeze import Freeze, Freezer
+from hvsnap.capture.part import Part
 from hvsnap.capture.pipeline import Totals
-from hvsnap.capture.pivot import create_overlay
-from hvsnap.capture.record import DiskPlan, Recorder
+from hvsnap.capture.record import DiskPlan, Recorded, Recorder
 from hvsnap.capture.space import SpaceLimits, check, room, watch
 from hvsnap.catalog.catalog import Catalog
-from hvsnap.errors import AgentMissing, AgentUnavailable, HypervisorFailed
-from hvsnap.guard import OVERLAY, Bar, StartGuard
-from hvsnap.hypervisor import images
+from hvsnap.errors import AgentMissing, AgentUnavailable, HvsnapError
 from hvsnap.hypervisor.image_lock import images_locked
-from hvsnap.model import Consistency, GuestUuid, OperationId
-from hvsnap.ports import Hypervisor
+from hvsnap.instant import skew_ms
+from hvsnap.model import Consistency, GuestUuid
 
 
 @dataclass(frozen=True, slots=True)
 class CaptureOrder:
-    """A capture that the journal has begun: its entry, its guest, its disks, and what was asked for."""
+    """What was asked for, and how far the capture may go for it."""
 
-    operation: OperationId
-    guest: GuestUuid
-    mode: Mode
-    disks: tuple[DiskPlan, ...]
     consistency: Consistency
     freeze_timeout_s: float
     space: SpaceLimits
-    block_size: int
 
 
 class Capture:
-    """Carries out one :class:`CaptureOrder`."""
+    """Captures the disks of its parts, one for each guest, at one instant: all of them or none."""
 
     def __init__(
-        self,
-        hypervisor: Hypervisor,
-        freezer: Freezer,
-        catalog: Catalog,
-        recorder: Recorder,
-        guard: StartGuard,
-        order: CaptureOrder,
-        watch: Watch,
+        self, freezer: Freezer, catalog: Catalog, recorder: Recorder, order: CaptureOrder, parts: Sequence[Part]
     ) -> None:
-        self._hypervisor = hypervisor
         self._freezer = freezer
         self._catalog = catalog
         self._recorder = recorder
-        self._guard = guard
         self._order = order
-        self._watch = watch
-        self._plans: Sequence[DiskPlan] = order.disks
-        self._fleece: Fleece | None = None
-        images_beside = (plan.captured.overlay or plan.captured.scratch for plan in order.disks)
-        self._beside = [path for path in images_beside if path]
+        self._parts = parts
+        self._running = [part for part in parts if not part.offline]
+        self._beside = [path for part in parts for path in part.beside]
 
     async def run(self) -> None:
-        """Take the snapshots: accomplished when this returns. The guest is not yet back on its images."""
-        definition = await self._hypervisor.definition(self._order.guest)
-        await self._watch.rest()
-        async with self._instant() as (consistency, note), self._watching_space(), self._governing():
-            with contextlib.nullcontext() if self._fleece is None else self._fleece.explaining():
-                done: list[tuple[DiskPlan, Totals]] = [await self._recorder.record(plan) for plan in self._plans]
-        targets = [plan.captured.target for plan in self._plans]
-        felt = {target: impact for target in targets if (impact := self._watch.impact(target)) is not None}
-        await self._recorder.accomplish(self._order.operation, done, consistency, note, definition, felt)
+        """Take the snapshots: accomplished when this returns. The guests are not yet back on their images."""
+        await self._each(self._parts, Part.rest)
+        async with self._instant(), self._watching_space(), self._governing():
+            # One after the other: as many disks are read at once as captures are at work, however large their groups.
+            read = [(part, *await self._read(part, plan)) for part in self._parts for plan in part.plans]
+        done = [self._told(*one) for one in read]
+        await self._recorder.accomplish([part.order.operation for part in self._parts], done)
+
+    async def _read(self, part: Part, plan: DiskPlan) -> tuple[DiskPlan, Totals]:
+        with self._naming(part), part.explaining():
+            return await self._recorder.record(plan)
+
+    def _told(self, part: Part, plan: DiskPlan, totals: Totals) -> Recorded:
+        """Return a disk that was read with all that is to be kept of its instant."""
+        impact = part.order.watch.impact(plan.captured.target)
+        # A guest that is off is the same at all instants.
+        spans = [one.span for one in self._parts if one.span is not None]
+        skew = skew_ms(spans) if len(self._parts) > 1 else None
+        return Recorded(plan, totals, part.consistency, part.note, part.definition, impact, skew)
 
     # -- holding the instant ----------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def _instant(self) -> AsyncIterator[tuple[Consistency, str]]:
-        """Keep the disks as they were at one instant for as long as the context lasts; tells of its consistency."""
-        if self._order.mode is Mode.OFFLINE:
-            async with self._held_offline() as held:
-                yield held
-        elif self._order.mode is Mode.FLEECE:
-            yield await self._hold_by_fleece()
-        else:
-            yield await self._redirect()
+    async def _instant(self) -> AsyncIterator[None]:
+        """Keep the disks as they were at one instant for as long as the context lasts.
 
-    async def _redirect(self) -> tuple[Consistency, str]:
-        """Redirect the guest's writes to overlays; the images are frozen when this returns."""
-        order = self._order
-        await asyncio.to_thread(check, self._beside, order.space)
-        for plan in order.disks:
-            await images.sync_image(plan.captured.base)
-        await self._add_bitmaps()
-        await self._step(Step.OVERLAYS)
-        bare = (await self._hypervisor.guest(order.guest)).instance is not None
-        for plan in order.disks:
-            await create_overlay(plan.captured, order.block_size, bare=bare, key=plan.key)
-        consistency, note = await self._switch_consistently()
-        await self._check_switched()
-        await self._bar()
-        await self._step(Step.READING)
-        return consistency, note
+        A guest that was started and stopped before its images were locked does no harm: both bitmaps recorded it.
+        """
+        await asyncio.to_thread(check, self._beside, self._order.space)
+        await self._each(self._parts, Part.prepare)
+        off = [part for part in self._parts if part.offline]
+        async with images_locked([base for part in off for base in part.bases]):
+            await self._each(off, lambda part: part.tell_offline(self._order.consistency))
+            if self._running:
+                await self._switch_consistently()
+            await self._each(self._parts, Part.check)
+            await self._step(Step.READING, self._parts)
+            yield
 
-    async def _switch_consistently(self) -> tuple[Consistency, str]:
+    async def _switch_consistently(self) -> None:
         """Switch with the file systems frozen, if that is asked for and can be had (SERVICE 2.8)."""
         asked = self._order.consistency
         if asked is Consistency.CRASH:
-            await self._switch()
-            return Consistency.CRASH, ""
-        await self._step(Step.FREEZING, freezing=True)
-        switched = False
-        try:
-            async with self._freezer.frozen(self._order.guest, self._order.freeze_timeout_s) as freeze:
-                await self._switch()
-                switched = True
-            if not freeze.expired:
-                return Consistency.APP, ""
-            why = f"the freeze ended after {self._order.freeze_timeout_s:g} s, before the disks were switched"
-        except AgentUnavailable as error:
-            why = error.message
-            if isinstance(error, AgentMissing):
-                await self._step(Step.FREEZING, freezing=False)
-            if asked is Consistency.APP:
-                raise
-        if asked is Consistency.APP:
-            raise AgentUnavailable(why, hint="try again, or raise capture.freeze_timeout_s (at most 9)")
-        if not switched:
-            await self._switch()
-        return Consistency.CRASH, why
-
-    async def _hold_by_fleece(self) -> tuple[Consistency, str]:
-        """Hold the instant in the guest's QEMU, its image current all the time (:mod:`hvsnap.capture.fleece`)."""
-        order = self._order
-        await asyncio.to_thread(check, self._beside, order.space)
-        for plan in order.disks:
-            await images.sync_image(plan.captured.base)
-        await self._add_bitmaps()
-        await self._step(Step.SCRATCH)
-        self._fleece = Fleece(await self._hypervisor.fleecer(order.guest), order.guest, order.disks)
-        await self._fleece.prepare()
-        consistency, note = await self._switch_consistently()
-        await self._step(Step.READING)
-        self._plans = await self._fleece.exported()
-        return consistency, note
-
-    async def _add_bitmaps(self) -> None:
-        """Before the instant: a bitmap that was added earlier holds a superset of what is written after it."""
-        names = {plan.captured.target: plan.captured.new for plan in self._order.disks if plan.captured.new}
-        await self._hypervisor.bitmap_add(self._order.guest, names, self._order.block_size)
-
-    async def _switch(self) -> None:
-        await self._step(Step.SWITCHING)
-        if self._fleece is not None:
-            await self._fleece.hold()
+            await self._switch({})
             return
-        overlays = {plan.captured.target: plan.captured.overlay for plan in self._order.disks}
-        await self._hypervisor.switch_to_overlays(self._order.guest, overlays)
-
-    async def _check_switched(self) -> None:
-        """Look whether every disk is on its overlay, over exactly its image: geometry before and after."""
-        guest = await self._hypervisor.guest(self._order.guest)
-        shown = {disk.target: [layer.path for layer in disk.layers[:2]] for disk in guest.disks}
-        for plan in self._order.disks:
-            expected = [plan.captured.overlay, plan.captured.base]
-            if shown.get(plan.captured.target) != expected:
-                raise HypervisorFailed(f"disk {plan.captured.target} is on {shown.get(plan.captured.target)}")
-
-    async def _bar(self) -> None:
-        """From here on the guest starts from its overlays, or not at all, whatever becomes of its definition."""
-        for plan in self._order.disks:
-            disk = await self._catalog.disk(plan.captured.disk)
-            await self._guard.bar(Bar.of(disk, OVERLAY, overlay=plan.captured.overlay))
-
-    @contextlib.asynccontextmanager
-    async def _held_offline(self) -> AsyncIterator[tuple[Consistency, str]]:
-        """Keep the images of a guest that is off as they are: it does not start while they are read.
-
-        A guest that was started and stopped before the locks were taken does no harm: both bitmaps recorded it.
-        """
-        for plan in self._order.disks:
-            if plan.captured.new:
-                await images.bitmap_add(plan.captured.base, plan.captured.new, self._order.block_size, key=plan.key)
-        async with images_locked([plan.captured.base for plan in self._order.disks]):
-            await self._step(Step.READING)
-            asked = self._order.consistency
-            if (await self._hypervisor.guest(self._order.guest)).saved:
-                why = "the guest is saved: its memory has what its file systems have not written yet"
+        await self._step(Step.FREEZING, self._running, freezing=True)
+        guests = [part.order.guest for part in self._running]
+        async with self._freezer.frozen(guests, self._order.freeze_timeout_s) as freezes:
+            missing = [p for p in self._running if isinstance(freezes[p.order.guest].error, AgentMissing)]
+            if missing:
+                await self._step(Step.FREEZING, missing, freezing=False)
+            for part in self._running:
+                error = freezes[part.order.guest].error
+                part.note = "" if error is None else error.message
+                if error is not None and asked is Consistency.APP:
+                    with self._naming(part):
+                        raise error
+            await self._switch(freezes)
+        for part in self._running:
+            if part.consistency is Consistency.CRASH and not part.note:
+                part.note = f"the freeze ended after {self._order.freeze_timeout_s:g} s, before the disks were switched"
                 if asked is Consistency.APP:
-                    raise AgentUnavailable(why, hint="start the guest, or do without")
-                yield Consistency.CRASH, why
-            else:
-                # The guest was shut down, so its file systems are as consistent as they get.
-                yield Consistency.CRASH if asked is Consistency.CRASH else Consistency.APP, ""
+                    with self._naming(part):
+                        hint = "try again, or raise capture.freeze_timeout_s (at most 9)"
+                        raise AgentUnavailable(part.note, hint=hint)
+
+    async def _switch(self, freezes: Mapping[GuestUuid, Freeze]) -> None:
+        """Switch all guests that run, as close together as can be; return when all have answered, even if one fails."""
+        await self._step(Step.SWITCHING, self._running)
+        switching = (self._named(part, part.switch(freezes.get(part.order.guest))) for part in self._running)
+        for failure in await asyncio.gather(*switching, return_exceptions=True):
+            if failure is not None:
+                raise failure
 
     # -- around it --------------------------------------------------------------------------------
 
-    async def _step(self, step: Step, **facts: bool) -> None:
+    async def _each(self, parts: Sequence[Part], work: Callable[[Part], Awaitable[None]]) -> None:
+        """Do something with all parts side by side; if one fails, the others are cancelled."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for part in parts:
+                    group.create_task(self._named(part, work(part)), name=f"capture of {part.order.name}")
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
+
+    async def _named(self, part: Part, work: Awaitable[None]) -> None:
+        with self._naming(part):
+            await work
+
+    @contextlib.contextmanager
+    def _naming(self, part: Part) -> Iterator[None]:
+        """Say of an error which guest it is about, where there are several."""
+        try:
+            yield
+        except HvsnapError as error:
+            if len(self._parts) > 1 and not error.message.startswith("guest "):
+                error.message = f"guest {part.order.name}: {error.message}"
+            raise
+
+    async def _step(self, step: Step, parts: Sequence[Part], **facts: bool) -> None:
+        """Write an intent of several parts into the journal, in one transaction."""
         async with self._catalog.write() as tx:
-            await tx.step(self._order.operation, step, **facts)
+            for part in parts:
+                await tx.step(part.order.operation, step, **facts)
 
     @contextlib.asynccontextmanager
     async def _governing(self) -> AsyncIterator[None]:
-        """Spare the guest while it is read, until half of the space for its writes is used."""
+        """Spare the guests while they are read, until half of the space for their writes is used."""
         beside, limits = self._beside, self._order.space
         room_at_first = await asyncio.to_thread(room, beside, limits) if beside else 0
-        async with self._watch.governing(lambda: bool(beside) and room(beside, limits) < room_at_first / 2):
+
+        def pressed() -> bool:
+            return bool(beside) and room(beside, limits) < room_at_first / 2
+
+        async with contextlib.AsyncExitStack() as watches:
+            for part in self._parts:
+                await watches.enter_async_context(part.order.watch.governing(pressed))
             yield
 
     @contextlib.asynccontextmanager

@@ -1,4 +1,4 @@
-"""Freezing a guest's file systems for an instant: bounded, one at a time, and always undone.
+"""Freezing guests' file systems for an instant: bounded, one at a time for each guest, and always undone.
 
 What was asked to freeze is thawed, however late its agent answers. An agent that hangs may carry out a freeze long
 after it was given up: the thaw is then owed, in the journal, and tried again until the agent confirms it or the guest
@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hvsnap.catalog.catalog import Catalog
-from hvsnap.errors import AgentMissing, HvsnapError, NotFound
+from hvsnap.errors import AgentMissing, AgentUnavailable, HvsnapError, NotFound
 from hvsnap.model import GuestUuid, Operation
 from hvsnap.ports import Hypervisor
 
@@ -27,15 +27,30 @@ KIND = "thaw"
 THAW_TIMEOUT_S = 2.0
 """An answer takes milliseconds; one that does not come is asked for again, and meanwhile the capture goes on."""
 
+ANSWER_SHARE = 0.5
+"""Of several guests, those that answer at once stay frozen while the others are waited for: so an agent that hangs may
+use up no more than this part of the time that a freeze may last."""
+
 RETRY_S_FIRST = 0.5
 RETRY_S_MAX = 15.0
 
 
 @dataclass(slots=True)
 class Freeze:
-    """A freeze that is in force. ``expired``: its deadline came first, and the guest has been thawed."""
+    """What became of freezing one guest.
 
+    ``error``: it could not be frozen, as far as anybody knows. ``expired``: its deadline came first, and it has been
+    thawed.
+    """
+
+    error: AgentUnavailable | None = None
     expired: bool = False
+    deadline: asyncio.Task[None] | None = None
+
+    @property
+    def in_force(self) -> bool:
+        """Whether the guest is frozen now."""
+        return self.error is None and not self.expired
 
 
 class Freezer:
@@ -49,33 +64,29 @@ class Freezer:
         self._wake = asyncio.Event()
 
     @contextlib.asynccontextmanager
-    async def frozen(self, uuid: GuestUuid, timeout_s: float) -> AsyncIterator[Freeze]:
-        """Keep a guest's file systems frozen, for ``timeout_s`` at most, and thaw them whatever happens.
+    async def frozen(self, guests: Sequence[GuestUuid], timeout_s: float) -> AsyncIterator[Mapping[GuestUuid, Freeze]]:
+        """Keep guests' file systems frozen side by side, for ``timeout_s`` at most, and thaw them whatever happens.
 
-        Waits while somebody else has the guest frozen. Raises :class:`AgentUnavailable` when they could not be frozen;
-        they are thawed then, too, since a freeze that timed out may have happened all the same. A guest does not stay
-        frozen while a slow switch is waited for (Windows gives up after 10 s; SERVICE 2.8): the deadline thaws on its
-        own, and tells by ``expired``.
+        All of them have been frozen, or could not be, when the context begins; each one's :class:`Freeze` tells. Waits
+        while somebody else has one of them frozen. Who could not be frozen is thawed in the end, too, since a freeze
+        that timed out may have happened all the same. No guest stays frozen while a slow switch is waited for (Windows
+        gives up after 10 s; SERVICE 2.8): the deadline thaws on its own, and tells by ``expired``.
         """
-        async with self._turn(uuid):
-            state = Freeze()
-
-            async def expire() -> None:
-                await asyncio.sleep(timeout_s)
-                state.expired = True
-                await self._thaw(uuid)
-
-            deadline: asyncio.Task[None] | None = None
+        freezes = {uuid: Freeze() for uuid in guests}
+        answer_s = timeout_s * ANSWER_SHARE if len(freezes) > 1 else timeout_s
+        async with contextlib.AsyncExitStack() as turns:
+            for uuid in sorted(freezes):  # in one order, so that no two wait for each other
+                await turns.enter_async_context(self._turn(uuid))
             try:
-                await self._hypervisor.freeze(uuid, timeout_s)
-                deadline = asyncio.create_task(expire(), name=f"thaw-deadline-{uuid}")
-                yield state
-            except AgentMissing:
-                raise  # nothing was asked of anybody
+                asking = (self._freeze(uuid, freeze, answer_s, timeout_s) for uuid, freeze in freezes.items())
+                for failure in await asyncio.gather(*asking, return_exceptions=True):
+                    if failure is not None:
+                        raise failure
+                yield freezes
             except BaseException:
-                await _in_any_case(self._end(uuid, deadline))
+                await _in_any_case(self._end(freezes))
                 raise
-            await _in_any_case(self._end(uuid, deadline))
+            await _in_any_case(self._end(freezes))
 
     async def thaw(self, uuid: GuestUuid) -> None:
         """Thaw a guest that may have been left frozen: now, or as soon as its agent answers."""
@@ -109,12 +120,32 @@ class Freezer:
     def _turn(self, uuid: GuestUuid) -> asyncio.Lock:
         return self._turns.setdefault(uuid, asyncio.Lock())
 
-    async def _end(self, uuid: GuestUuid, deadline: asyncio.Task[None] | None) -> None:
-        if deadline is not None:
-            deadline.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await deadline
-        await self._thaw(uuid)
+    async def _freeze(self, uuid: GuestUuid, freeze: Freeze, answer_s: float, timeout_s: float) -> None:
+        """Freeze one guest, and see to it that it is thawed at its deadline."""
+
+        async def expire() -> None:
+            await asyncio.sleep(timeout_s)
+            freeze.expired = True
+            await self._thaw(uuid)
+
+        try:
+            await self._hypervisor.freeze(uuid, answer_s)
+            freeze.deadline = asyncio.create_task(expire(), name=f"thaw-deadline-{uuid}")
+        except AgentUnavailable as error:
+            freeze.error = error
+
+    async def _end(self, freezes: Mapping[GuestUuid, Freeze]) -> None:
+        """Thaw all that may be frozen, side by side."""
+
+        async def end(uuid: GuestUuid, freeze: Freeze) -> None:
+            if freeze.deadline is not None:
+                freeze.deadline.cancel()
+                await asyncio.wait([freeze.deadline])
+            await self._thaw(uuid)
+
+        # Where no agent is, nothing was asked of anybody.
+        asked = {uuid: freeze for uuid, freeze in freezes.items() if not isinstance(freeze.error, AgentMissing)}
+        await asyncio.gather(*(end(uuid, freeze) for uuid, freeze in asked.items()))
 
     async def _thaw(self, uuid: GuestUuid) -> None:
         """Thaw, or owe it."""

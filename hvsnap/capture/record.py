@@ -7,7 +7,7 @@ leaves garbage in the store, never a snapshot with a hole.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 
@@ -38,7 +38,7 @@ class DiskPlan:
     """One disk of a capture: what the catalog knew when it began, and what was decided.
 
     ``export`` is the frozen disk where the guest's own QEMU shows it (fleece); None: its image is opened to be read.
-    ``key`` opens an image that is encrypted.
+    ``key`` opens an image that is encrypted; ``pace`` is what its readers ask before each group of blocks.
     """
 
     disk: Disk
@@ -47,6 +47,24 @@ class DiskPlan:
     decision: Decision
     export: NbdExport | None = None
     key: Passphrase | None = None
+    pace: Pace | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A disk that was read, with what is kept of its instant.
+
+    ``note`` says why the consistency is less than was asked for, ``guest`` is the guest's definition, ``impact`` what
+    it felt, ``skew_ms`` how far its instant is from those of other guests at most.
+    """
+
+    plan: DiskPlan
+    totals: Totals
+    consistency: Consistency
+    note: str
+    guest: str
+    impact: Impact | None
+    skew_ms: float | None
 
 
 class CatalogStage:
@@ -91,7 +109,6 @@ class Recorder:
         clock: Clock,
         run_dir: str,
         report: Callable[[Progress], None],
-        pace: Pace | None = None,
     ) -> None:
         self._catalog = catalog
         self._store = store
@@ -99,7 +116,6 @@ class Recorder:
         self._clock = clock
         self._run_dir = run_dir
         self._report = report
-        self._pace = pace
 
     async def record(self, plan: DiskPlan) -> tuple[DiskPlan, Totals]:
         """Read one frozen disk; the plan comes back with what was really done (a bitmap may turn out unreadable)."""
@@ -130,31 +146,18 @@ class Recorder:
         if export.give_back:
             await asyncio.to_thread(give_back, export, selection, found.size_bytes, self._store.block_size)
         stage = CatalogStage(self._catalog, snapshot)
-        pipeline = Pipeline(snapshot.id, self._session, stage, self._report, self._pace)
+        pipeline = Pipeline(snapshot.id, self._session, stage, self._report, plan.pace)
         return await pipeline.run(export, snapshot.size_bytes, selection)
 
-    async def accomplish(
-        self,
-        operation: OperationId,
-        done: list[tuple[DiskPlan, Totals]],
-        consistency: Consistency,
-        note: str,
-        guest: str,
-        felt: Mapping[str, Impact],
-    ) -> None:
-        """Make the snapshots of a capture durable and visible, all at once.
-
-        ``note`` says why the consistency is less than was asked for; ``guest`` is its definition, for the manifest;
-        ``felt`` says of disks (by target) what the guest felt.
-        """
+    async def accomplish(self, operations: Sequence[OperationId], done: Sequence[Recorded]) -> None:
+        """Make a capture's snapshots durable and visible, all at once; ``operations`` are its journal entries."""
         await self._session.flush()
         finished = []
-        for plan, totals in done:
-            snapshot = self._finished(plan, totals, consistency, note)
-            snapshot = replace(snapshot, impact=felt.get(plan.captured.target))
-            head = ManifestHead(snapshot, plan.disk, self._store.block_size, guest)
+        for one in done:
+            snapshot = self._finished(one)
+            head = ManifestHead(snapshot, one.plan.disk, self._store.block_size, one.guest)
             await self._store.manifests.put(head, self._manifest_pages(snapshot))
-            finished.append((plan, snapshot))
+            finished.append((one.plan, snapshot))
         async with self._catalog.write() as tx:
             for plan, snapshot in finished:
                 await tx.update_snapshot(
@@ -169,27 +172,32 @@ class Recorder:
                     changed_bytes=snapshot.changed_bytes,
                     stored_bytes=snapshot.stored_bytes,
                     impact=snapshot.impact,
+                    skew_ms=snapshot.skew_ms,
                 )
                 await tx.update_disk(
                     plan.disk.id, head=snapshot.id, bitmap=plan.captured.new, size_bytes=snapshot.size_bytes
                 )
                 await tx.clear_carry(plan.disk.id)
                 await tx.emit(EventType.SNAPSHOT_ACCOMPLISHED, snapshot_payload(plan.disk, snapshot))
-            await tx.step(operation, Step.SETTLING)
+            for operation in operations:
+                await tx.step(operation, Step.SETTLING)
 
-    def _finished(self, plan: DiskPlan, totals: Totals, consistency: Consistency, note: str) -> Snapshot:
-        reasons = [reason for reason in (plan.decision.reason, note) if reason]
+    def _finished(self, done: Recorded) -> Snapshot:
+        decision, totals = done.plan.decision, done.totals
+        reasons = [reason for reason in (decision.reason, done.note) if reason]
         return replace(
-            plan.snapshot,
+            done.plan.snapshot,
             state=State.ACCOMPLISHED,
-            kind=plan.decision.kind,
-            method=plan.decision.method,
+            kind=decision.kind,
+            method=decision.method,
             reason="; ".join(reasons),
-            consistency=consistency,
+            consistency=done.consistency,
             accomplished_at=self._clock.now(),
             read_bytes=totals.read_bytes,
             changed_bytes=totals.changed_blocks * self._store.block_size,
             stored_bytes=totals.new_bytes,
+            impact=done.impact,
+            skew_ms=done.skew_ms,
         )
 
     async def _manifest_pages(self, snapshot: Snapshot) -> AsyncIterator[ManifestPage]:

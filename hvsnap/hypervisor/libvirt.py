@@ -23,6 +23,7 @@ from hvsnap.errors import AgentMissing, AgentUnavailable, GuestUnknown, Hypervis
 from hvsnap.hypervisor import disk_encryption, domain_xml, qemu_nodes
 from hvsnap.hypervisor.libvirt_connection import LibvirtConnection, Lifecycle
 from hvsnap.hypervisor.libvirt_traits import traits
+from hvsnap.instant import Span
 from hvsnap.model import Bitmap, DiskActivity, GuestState, GuestUuid, GuestView, Layer, Traits
 from hvsnap.ports import Census, Fleecer, JobView
 from hvsnap.secret import Passphrase
@@ -228,13 +229,16 @@ class LibvirtHypervisor:
 
     # -- overlays ---------------------------------------------------------------------------------
 
-    async def switch_to_overlays(self, uuid: GuestUuid, overlays: dict[str, str]) -> None:
-        """Redirect the writes of all targets to their overlays at one instant, or of none."""
+    async def switch_to_overlays(self, uuid: GuestUuid, overlays: dict[str, str]) -> Span:
+        """Redirect the writes of all targets to their overlays at one instant, or of none; tells when that was."""
 
-        def work(domain: Any) -> None:
-            domain.snapshotCreateXML(domain_xml.snapshot_xml(_view(domain).disks, overlays), _SNAPSHOT_FLAGS)
+        def work(domain: Any) -> Span:
+            wanted = domain_xml.snapshot_xml(_view(domain).disks, overlays)
+            began_s = time.monotonic()
+            domain.snapshotCreateXML(wanted, _SNAPSHOT_FLAGS)
+            return Span(began_s, time.monotonic())
 
-        await self._on(uuid, work)
+        return await self._on(uuid, work)
 
     async def commit_start(self, uuid: GuestUuid, target: str, base: str) -> None:
         """Start the active commit into exactly ``base``: with none named, libvirt merges into the lowest image."""

@@ -31,6 +31,7 @@ from hvsnap.hypervisor.qemu_nodes import OURS, SWITCH, Graph
 from hvsnap.hypervisor.qmp_connection import GuestAway, QmpConnection
 from hvsnap.hypervisor.qmp_look import QmpLook
 from hvsnap.hypervisor.qmp_view import Attachment, find
+from hvsnap.instant import Span
 from hvsnap.model import GuestUuid, SnapshotId
 from hvsnap.ports import FleecedDisk, NbdExport
 
@@ -140,10 +141,12 @@ class QmpFleecer:
             for disk in disks:
                 await self._put_in_place(find(attached, disk.target), disk)
 
-    async def fleece_hold(self, uuid: GuestUuid, disks: Sequence[FleecedDisk]) -> None:
-        """Hold the instant of all disks at once."""
+    async def fleece_hold(self, uuid: GuestUuid, disks: Sequence[FleecedDisk]) -> Span:
+        """Hold the instant of all disks at once; tells when that was."""
         names = [Names(disk.snapshot) for disk in disks]
+        began_s = time.monotonic()
         await self._reopen([(name.switch, name.before) for name in names])
+        return Span(began_s, time.monotonic())
 
     async def fleece_export(self, uuid: GuestUuid, disks: Sequence[FleecedDisk]) -> dict[str, NbdExport]:
         """Make the instants readable. The bitmap is merged after the instant: it may name more than was written."""

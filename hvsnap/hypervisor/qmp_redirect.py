@@ -12,6 +12,7 @@ from hvsnap.hypervisor.qemu_nodes import OURS, Graph
 from hvsnap.hypervisor.qmp_connection import QmpConnection
 from hvsnap.hypervisor.qmp_look import QmpLook
 from hvsnap.hypervisor.qmp_view import find
+from hvsnap.instant import Span
 from hvsnap.ports import JobView
 
 PIVOT_S = 60.0
@@ -44,8 +45,8 @@ class QmpRedirect:
         if name == "BLOCK_JOB_COMPLETED" and job.startswith(_COMMIT) and data.get("error"):
             self._failed[job] = str(data["error"])
 
-    async def switch(self, overlays: dict[str, str]) -> None:
-        """Redirect the writes of all targets to their overlays at one instant, or of none.
+    async def switch(self, overlays: dict[str, str]) -> Span:
+        """Redirect the writes of all targets to their overlays at one instant, or of none; tells when that was.
 
         The overlays' nodes are QEMU's own (``blockdev-snapshot-sync``), not ours (``blockdev-add``): so QEMU closes an
         overlay by itself as soon as nobody is on it, at the pivot above all, and the mark of that in the overlay is
@@ -66,7 +67,9 @@ class QmpRedirect:
                 "mode": "existing",
             }
             actions.append({"type": "blockdev-snapshot-sync", "data": data})
+        began_s = time.monotonic()
         await self._connection.execute("transaction", actions=actions)
+        return Span(began_s, time.monotonic())
 
     async def job(self, target: str) -> JobView | None:
         """Return the block job on a disk, anybody's; a commit of ours that failed is raised, once."""

@@ -1,7 +1,7 @@
 """Making snapshots: the rules of SERVICE 2 and 3, and who captures which disk when.
 
-A request becomes one run for each disk, or one for all its disks as a group. A run waits for its turn, is planned,
-journaled, carried out and settled. It lives in the daemon: whoever asked may go away.
+A request becomes one run for each disk, or one for all its disks as a group, of one guest or several. A run waits for
+its turn, is planned, journaled, carried out and settled. It lives in the daemon: whoever asked may go away.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hvsnap.capture.facts import KIND, CaptureFacts
 from hvsnap.capture.freeze import Freezer
 from hvsnap.capture.settle import Settle
 from hvsnap.catalog.catalog import Catalog
-from hvsnap.errors import HvsnapError, Refused, Stopping
+from hvsnap.errors import BadRequest, HvsnapError, Refused, Stopping
 from hvsnap.guard import StartGuard
 from hvsnap.happenings import EventType, snapshot_payload
 from hvsnap.model import (
@@ -35,7 +35,7 @@ from hvsnap.model import (
 from hvsnap.ports import Clock, Hypervisor, Publisher
 from hvsnap.service import names
 from hvsnap.service.admission import Admission
-from hvsnap.service.inventory import Inventory
+from hvsnap.service.inventory import Found, Inventory
 from hvsnap.service.lanes import Lanes, Run
 from hvsnap.service.planning import CaptureSettings, Planner
 from hvsnap.service.requests import SnapshotRequest
@@ -99,11 +99,11 @@ class Captures:
         tags = names.check_tags(request.tags)
         if self._stopping:
             raise Stopping("the daemon is stopping")
-        found = await self._inventory.to_capture(request.guest, request.disks)
+        found = await self._found(request)
         await self._planner.check(found)
         async with self._admitting:
             disks = [await self._admission.admit(one, wait=request.wait) for one in found]
-            group = GroupId(new_id("g")) if request.group else None
+            group = GroupId(new_id("g")) if request.together else None
             made = [
                 Snapshot(
                     id=SnapshotId(new_id("s")),
@@ -128,7 +128,7 @@ class Captures:
                 for disk in disks
             ]
             made = await self._add(disks, made)
-            parts = [list(range(len(found)))] if request.group else [[number] for number in range(len(found))]
+            parts = [list(range(len(found)))] if request.together else [[number] for number in range(len(found))]
             for part in parts:
                 self._launch(
                     Run(
@@ -136,6 +136,18 @@ class Captures:
                     )
                 )
         return made
+
+    async def _found(self, request: SnapshotRequest) -> list[Found]:
+        """Return the disks of all guests that are to be captured; each guest may be named once."""
+        found: list[Found] = []
+        for member in request.members:
+            disks = await self._inventory.to_capture(member.guest, member.disks)
+            guest = disks[0].guest
+            if any(one.guest.uuid == guest.uuid for one in found):
+                hint = "name all its disks in one place, or none of them for all that can be captured"
+                raise BadRequest(f"guest {guest.name} is asked for twice", hint=hint)
+            found += disks
+        return found
 
     async def wait(self, ids: Sequence[SnapshotId]) -> list[Snapshot]:
         """Return the snapshots when their runs have ended, the guest back on its images."""
@@ -260,12 +272,12 @@ class Captures:
     async def _run(self, run: Run) -> None:
         """Carry one run out; whatever happens to it ends as its snapshots' state."""
         error = "it was cancelled"
-        operation: OperationId | None = None
+        operations: list[OperationId] = []
         try:
             if run.ahead:
                 await asyncio.wait(run.ahead)
             async with self._turns:
-                operation, capture = await self._planner.begin(run)
+                operations, capture = await self._planner.begin(run)
                 await capture.run()
                 run.settling = True
         except HvsnapError as failure:
@@ -275,17 +287,26 @@ class Captures:
         except Exception:
             log.exception("capture of %s failed", ", ".join(snapshot.id for snapshot in run.snapshots))
             error = "a fault in hvsnap; the daemon's log has the details"
-        finishing = asyncio.ensure_future(self._finish(run, operation, error))
+        finishing = asyncio.ensure_future(self._finish(run, operations, error))
         try:
             await asyncio.shield(finishing)
         except asyncio.CancelledError:
             await asyncio.wait([finishing])
 
-    async def _finish(self, run: Run, operation: OperationId | None, error: str) -> None:
+    async def _finish(self, run: Run, operations: Sequence[OperationId], error: str) -> None:
+        """Bring all guests back, side by side: none waits for another one's merge."""
+        if operations:
+            await asyncio.gather(*(self._settle_one(operation, error) for operation in operations))
+            return
         try:
-            if operation is None:
-                await self._fail(run.snapshots, error)
-                return
+            await self._fail(run.snapshots, error)
+        except HvsnapError as failure:
+            log.warning("capture of %s cannot be marked failed yet: %s", run.snapshots[0].id, failure.message)
+        except Exception:
+            log.exception("marking the capture of %s failed did not work", run.snapshots[0].id)
+
+    async def _settle_one(self, operation: OperationId, error: str) -> None:
+        try:
             await self._settle.settle(await self._catalog.operation(operation), error)
         except HvsnapError as failure:
             log.warning("capture %s cannot be settled yet: %s", operation, failure.message)

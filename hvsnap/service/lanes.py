@@ -12,7 +12,7 @@ from hvsnap.service.inventory import Found
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """One capture from its request to its end. ``settling``: its snapshots are accomplished."""
+    """One capture of one guest or several, from its request to its end. ``settling``: they are accomplished."""
 
     found: list[Found]
     disks: list[Disk]
@@ -23,15 +23,20 @@ class Run:
     cancelled: bool = False
     ahead: list[asyncio.Task[None]] = field(default_factory=list)
 
-    @property
-    def guest(self) -> GuestUuid:
-        return self.found[0].guest.uuid
+    def by_guest(self) -> dict[GuestUuid, list[tuple[Disk, Snapshot]]]:
+        """Return disks and their snapshots, guest by guest, in the order of the request."""
+        parts: dict[GuestUuid, list[tuple[Disk, Snapshot]]] = {}
+        for found, disk, snapshot in zip(self.found, self.disks, self.snapshots, strict=True):
+            parts.setdefault(found.guest.uuid, []).append((disk, snapshot))
+        return parts
 
 
 class Lanes:
     """One lane for each disk: a run goes when all that were before it in its disks' lanes have ended.
 
-    It is about this process alone; nothing here waits, so a look and what is decided by it happen at one moment.
+    A run enters all its lanes at one moment. So of two runs one is behind the other in every lane that they share, and
+    no two wait for each other. It is about this process alone; nothing here waits, so a look and what is decided by it
+    happen at one moment.
     """
 
     def __init__(self) -> None:

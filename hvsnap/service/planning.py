@@ -12,6 +12,7 @@ from hvsnap.capture.capture import Capture, CaptureOrder
 from hvsnap.capture.facts import KIND, CapturedDisk, CaptureFacts, Mode, Step
 from hvsnap.capture.freeze import Freezer
 from hvsnap.capture.impact import Watch
+from hvsnap.capture.part import Part, PartOrder
 from hvsnap.capture.plan import decide
 from hvsnap.capture.record import DiskPlan, Recorder
 from hvsnap.capture.space import SpaceLimits
@@ -21,7 +22,7 @@ from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import ForeignJob, Refused
 from hvsnap.guard import StartGuard
 from hvsnap.hypervisor import images
-from hvsnap.model import Bitmap, Disk, GuestView, OperationId, Progress, Snapshot
+from hvsnap.model import Bitmap, Disk, GuestUuid, GuestView, OperationId, Progress, Snapshot
 from hvsnap.ports import Clock, Hypervisor
 from hvsnap.service.inventory import Found
 from hvsnap.service.lanes import Run
@@ -42,6 +43,16 @@ class CaptureSettings:
     space: SpaceLimits
     impact_budget_pct: float = 0.0
     rate_max_bytes_s: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """How the disks of one guest are captured."""
+
+    guest: GuestView
+    mode: Mode
+    plans: tuple[DiskPlan, ...]
+    watch: Watch
 
 
 class Planner:
@@ -69,52 +80,51 @@ class Planner:
         self._limit = Throttle(settings.rate_max_bytes_s or None, clock=clock.monotonic)
 
     async def check(self, found: Sequence[Found]) -> None:
-        """Refuse what the guest's QEMU cannot do, before anything of a capture exists."""
-        guest = found[0].guest
-        if guest.active:
-            for disk in found:
-                await asyncio.to_thread(self._check_place, disk.view.top.path)
-        if guest.active and guest.fleece:
-            fleecer = await self._hypervisor.fleecer(guest.uuid)
-            await fleecer.fleece_check(guest.uuid, [disk.view.target for disk in found])
+        """Refuse what the guests' QEMUs cannot do, before anything of a capture exists."""
+        for guest in {one.guest.uuid: one.guest for one in found}.values():
+            views = [one.view for one in found if one.guest.uuid == guest.uuid]
+            if guest.active:
+                for view in views:
+                    await asyncio.to_thread(self._check_place, view.top.path)
+            if guest.active and guest.fleece:
+                fleecer = await self._hypervisor.fleecer(guest.uuid)
+                await fleecer.fleece_check(guest.uuid, [view.target for view in views])
 
-    async def begin(self, run: Run) -> tuple[OperationId, Capture]:
-        """Plan a run against the present, and write it into the journal."""
-        guest = await self._hypervisor.guest(run.guest)
+    async def begin(self, run: Run) -> tuple[list[OperationId], Capture]:
+        """Plan a run against the present, and write it into the journal: an entry for each guest, all or none."""
+        planned = [await self._plan_guest(uuid, pairs) for uuid, pairs in run.by_guest().items()]
+        parts = []
+        async with self._catalog.write() as tx:
+            for one in planned:
+                for s in (plan.snapshot for plan in one.plans):
+                    await tx.update_snapshot(
+                        s.id, parent=s.parent, kind=s.kind, method=s.method, reason=s.reason, size_bytes=s.size_bytes
+                    )
+                facts = CaptureFacts(one.mode, tuple(plan.captured for plan in one.plans))
+                operation = await tx.open_operation(KIND, one.guest.uuid, Step.BITMAPS, facts.as_json())
+                order = PartOrder(operation.id, one.guest.uuid, one.guest.name, one.mode, one.plans, one.watch)
+                parts.append(Part(self._hypervisor, self._catalog, self._guard, self._store.block_size, order))
+        settings = self._settings
+        recorder = Recorder(self._catalog, self._store, self._clock, settings.run_dir, self._report)
+        asked = CaptureOrder(run.consistency, settings.freeze_timeout_s, settings.space)
+        capture = Capture(self._freezer, self._catalog, recorder, asked, parts)
+        return [part.order.operation for part in parts], capture
+
+    async def _plan_guest(self, uuid: GuestUuid, pairs: Sequence[tuple[Disk, Snapshot]]) -> _Planned:
+        guest = await self._hypervisor.guest(uuid)
         mode = Mode.OFFLINE if not guest.active else Mode.FLEECE if guest.fleece else Mode.REDIRECT
-        targets = [disk.target for disk in run.disks]
-        budget_pct = self._settings.impact_budget_pct
-        watch = Watch(self._hypervisor, run.guest, targets, self._clock, budget_pct, self._limit)
+        targets = [disk.target for disk, _snapshot in pairs]
+        watch = Watch(self._hypervisor, uuid, targets, self._clock, self._settings.impact_budget_pct, self._limit)
         if mode is not Mode.OFFLINE:
             await watch.begin()
         plans = []
-        for disk_row, snapshot in zip(run.disks, run.snapshots, strict=True):
+        for disk_row, snapshot in pairs:
             disk = await self._catalog.disk(disk_row.id)
-            plans.append(await self._plan(disk, snapshot, mode, run, guest))
-        facts = CaptureFacts(mode, tuple(plan.captured for plan in plans))
-        async with self._catalog.write() as tx:
-            for plan in plans:
-                s = plan.snapshot
-                await tx.update_snapshot(
-                    s.id, parent=s.parent, kind=s.kind, method=s.method, reason=s.reason, size_bytes=s.size_bytes
-                )
-            operation = await tx.open_operation(KIND, run.guest, Step.BITMAPS, facts.as_json())
-        run_dir = self._settings.run_dir
-        recorder = Recorder(self._catalog, self._store, self._clock, run_dir, self._report, watch.throttle)
-        order = CaptureOrder(
-            operation=operation.id,
-            guest=run.guest,
-            mode=mode,
-            disks=tuple(plans),
-            consistency=run.consistency,
-            freeze_timeout_s=self._settings.freeze_timeout_s,
-            space=self._settings.space,
-            block_size=self._store.block_size,
-        )
-        capture = Capture(self._hypervisor, self._freezer, self._catalog, recorder, self._guard, order, watch)
-        return operation.id, capture
+            plan = await self._plan(disk, snapshot, mode, guest)
+            plans.append(replace(plan, pace=watch.throttle))
+        return _Planned(guest, mode, tuple(plans), watch)
 
-    async def _plan(self, disk: Disk, snapshot: Snapshot, mode: Mode, run: Run, guest: GuestView) -> DiskPlan:
+    async def _plan(self, disk: Disk, snapshot: Snapshot, mode: Mode, guest: GuestView) -> DiskPlan:
         """Decide how one disk is captured; raises :class:`ForeignJob` when somebody else is at work on it."""
         info = await images.image_info(disk.source, disk.format)
         secret = next((view.secret for view in guest.disks if view.target == disk.target), "")
@@ -126,10 +136,10 @@ class Planner:
             raise why
         bitmaps: Sequence[Bitmap] = info.bitmaps
         if mode is not Mode.OFFLINE:
-            job = await self._hypervisor.job(run.guest, disk.target)
+            job = await self._hypervisor.job(guest.uuid, disk.target)
             if job is not None:
                 raise ForeignJob(f"a {job.type} job is at work on disk {disk.target} of {disk.guest_name}")
-            bitmaps = await self._hypervisor.bitmaps(run.guest, disk.target)
+            bitmaps = await self._hypervisor.bitmaps(guest.uuid, disk.target)
         by_name = {bitmap.name: bitmap for bitmap in bitmaps}
         head = await self._catalog.snapshot(disk.head) if disk.head else None
         decision = decide(

@@ -21,12 +21,21 @@ class Automatic:
 
 
 @dataclass(frozen=True, slots=True)
+class GuestDisks:
+    """Disks of a guest, by target, path or id; none: every disk that can be captured."""
+
+    guest: str
+    disks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class SnapshotRequest:
     """Make snapshots of a guest's disks (SERVICE 2).
 
     ``disks`` are named by target, path or id; none: every disk of the guest that can be captured. ``group`` holds all
-    of them at the same instant. ``wait`` queues behind a running capture of a disk instead of being refused.
-    ``automatic`` marks a policy's run, whose name is of the reserved kind.
+    of them at the same instant; those of ``others``, further guests, are held with them, which makes a group in any
+    case. ``wait`` queues behind a running capture of a disk instead of being refused. ``automatic`` marks a policy's
+    run, whose name is of the reserved kind.
     """
 
     guest: str
@@ -36,8 +45,19 @@ class SnapshotRequest:
     tags: Mapping[str, str] = field(default_factory=dict)
     consistency: Consistency = Consistency.AUTO
     group: bool = False
+    others: tuple[GuestDisks, ...] = ()
     wait: bool = False
     automatic: Automatic | None = None
+
+    @property
+    def together(self) -> bool:
+        """Whether all disks are to be held at one instant."""
+        return self.group or bool(self.others)
+
+    @property
+    def members(self) -> tuple[GuestDisks, ...]:
+        """All guests with their disks."""
+        return (GuestDisks(self.guest, self.disks), *self.others)
 
 
 @dataclass(frozen=True, slots=True)

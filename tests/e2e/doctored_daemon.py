@@ -14,6 +14,7 @@ from typing import Any
 
 from hvsnap.capture.record import DiskPlan, Recorder
 from hvsnap.hypervisor.libvirt import LibvirtHypervisor
+from hvsnap.instant import Span
 from hvsnap.restore.fill import Filler
 from hvsnap.restore.instant import InstantDisks
 from hvsnap.restore.rollback import Rollback
@@ -40,13 +41,13 @@ def install_gates() -> None:
         await pass_gate("read", plan.snapshot.id)
         return await record(self, plan)
 
-    async def gated_switch(self: LibvirtHypervisor, uuid: Any, overlays: dict[str, str]) -> None:
+    async def gated_switch(self: LibvirtHypervisor, uuid: Any, overlays: dict[str, str]) -> Span:
         await pass_gate("switch", uuid)
-        await switch(self, uuid, overlays)
+        return await switch(self, uuid, overlays)
 
-    async def gated_accomplish(self: Recorder, operation: Any, *rest: Any) -> None:
-        await pass_gate("accomplish", operation)
-        await accomplish(self, operation, *rest)
+    async def gated_accomplish(self: Recorder, operations: Any, *rest: Any) -> None:
+        await pass_gate("accomplish", operations[0])
+        await accomplish(self, operations, *rest)
 
     until_whole = InstantDisks._until_whole
 

@@ -11,12 +11,39 @@ import pytest
 
 from hvsnap.capture.freeze import KIND, Freezer
 from hvsnap.catalog.catalog import Catalog
-from hvsnap.errors import AgentMissing, AgentUnavailable, HypervisorFailed
+from hvsnap.errors import AgentMissing, AgentUnavailable, GuestUnknown, HypervisorFailed
 from hvsnap.model import GuestState, GuestUuid
 from tests.catalog_kit import StoppedClock
-from tests.service_kit import FakeHypervisor, a_guest
+from tests.service_kit import MAIL, FakeHypervisor, a_guest
 
 GUEST = a_guest(state=GuestState.RUNNING)
+
+
+OTHER = a_guest(uuid=MAIL, name="mail01", state=GuestState.RUNNING)
+
+
+class Agents(FakeHypervisor):
+    """Two guests with an agent each; the freeze of one that is in ``hangs`` takes all the time that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__(GUEST, OTHER)
+        self.frozen: set[GuestUuid] = set()
+        self.hangs: set[GuestUuid] = set()
+        self.given_s: list[float] = []
+        self.error: Exception | None = None
+
+    async def freeze(self, uuid: GuestUuid, timeout_s: float) -> int:
+        self.given_s.append(timeout_s)
+        if uuid in self.hangs:
+            await asyncio.sleep(timeout_s)
+            raise AgentUnavailable("no answer")
+        if self.error is not None:
+            raise self.error
+        self.frozen.add(uuid)
+        return 1
+
+    async def thaw(self, uuid: GuestUuid, timeout_s: float) -> None:
+        self.frozen.discard(uuid)
 
 
 class Agent(FakeHypervisor):
@@ -77,26 +104,28 @@ async def thawed(agent: Agent, catalog: Catalog) -> None:
 
 async def test_frozen_for_as_long_as_it_lasts(catalog: Catalog) -> None:
     agent = Agent()
-    async with Freezer(agent, catalog).frozen(GUEST.uuid, 5.0) as freeze:
+    async with Freezer(agent, catalog).frozen([GUEST.uuid], 5.0) as freezes:
         assert agent.frozen
+        assert freezes[GUEST.uuid].in_force
     assert not agent.frozen
-    assert not freeze.expired
+    assert not freezes[GUEST.uuid].expired
 
 
 @pytest.mark.parametrize("error", [HypervisorFailed("no"), asyncio.CancelledError()], ids=["error", "cancelled"])
 async def test_thawed_when_what_is_done_meanwhile_fails(catalog: Catalog, error: BaseException) -> None:
     agent = Agent()
     with pytest.raises(type(error)):
-        async with Freezer(agent, catalog).frozen(GUEST.uuid, 5.0):
+        async with Freezer(agent, catalog).frozen([GUEST.uuid], 5.0):
             raise error
     assert not agent.frozen
 
 
 async def test_thawed_at_the_deadline(catalog: Catalog) -> None:
     agent = Agent()
-    async with Freezer(agent, catalog).frozen(GUEST.uuid, 0.01) as freeze:
+    async with Freezer(agent, catalog).frozen([GUEST.uuid], 0.01) as freezes:
         await thawed(agent, catalog)
-    assert freeze.expired
+    assert freezes[GUEST.uuid].expired
+    assert not freezes[GUEST.uuid].in_force
 
 
 async def test_freeze_that_happens_late_is_thawed_as_soon_as_the_agent_answers(catalog: Catalog) -> None:
@@ -104,9 +133,8 @@ async def test_freeze_that_happens_late_is_thawed_as_soon_as_the_agent_answers(c
     agent.hangs = True
     freezer = Freezer(agent, catalog)
     async with looping(freezer):
-        with pytest.raises(AgentUnavailable):
-            async with freezer.frozen(GUEST.uuid, 5.0):
-                raise AssertionError("it is not frozen")
+        async with freezer.frozen([GUEST.uuid], 5.0) as freezes:
+            assert not freezes[GUEST.uuid].in_force
         assert len(await catalog.operations(KIND)) == 1
         agent.answers_again()
         await thawed(agent, catalog)
@@ -115,9 +143,8 @@ async def test_freeze_that_happens_late_is_thawed_as_soon_as_the_agent_answers(c
 async def test_thaw_that_is_owed_survives_the_daemon(catalog: Catalog) -> None:
     agent = Agent()
     agent.hangs = True
-    with pytest.raises(AgentUnavailable):
-        async with Freezer(agent, catalog).frozen(GUEST.uuid, 5.0):
-            raise AssertionError("it is not frozen")
+    async with Freezer(agent, catalog).frozen([GUEST.uuid], 5.0) as freezes:
+        assert isinstance(freezes[GUEST.uuid].error, AgentUnavailable)
     later = Freezer(agent, catalog)
     ((_operation, error),) = await later.recover()
     assert error is not None
@@ -130,9 +157,8 @@ async def test_thaw_that_is_owed_survives_the_daemon(catalog: Catalog) -> None:
 async def test_nothing_is_owed_to_a_guest_without_an_agent(catalog: Catalog) -> None:
     agent = Agent()
     agent.missing = agent.hangs = True
-    with pytest.raises(AgentMissing):
-        async with Freezer(agent, catalog).frozen(GUEST.uuid, 5.0):
-            raise AssertionError("it is not frozen")
+    async with Freezer(agent, catalog).frozen([GUEST.uuid], 5.0) as freezes:
+        assert isinstance(freezes[GUEST.uuid].error, AgentMissing)
     assert agent.asked == ["freeze"]
     assert await catalog.operations(KIND) == []
 
@@ -151,10 +177,56 @@ async def test_freezes_of_one_guest_come_one_after_the_other(catalog: Catalog) -
     freezer = Freezer(agent, catalog)
 
     async def one() -> None:
-        async with freezer.frozen(GUEST.uuid, 5.0):
+        async with freezer.frozen([GUEST.uuid], 5.0):
             for _ in range(20):
                 await asyncio.sleep(0)
                 assert agent.frozen
 
     await asyncio.gather(one(), one(), one(), freezer.thaw(GUEST.uuid))
     assert agent.asked.count("freeze") == 3
+
+
+# -- several guests -------------------------------------------------------------------------------
+
+BOTH = [GUEST.uuid, OTHER.uuid]
+
+
+async def test_all_are_frozen_at_once_and_thawed_together(catalog: Catalog) -> None:
+    agents = Agents()
+    async with Freezer(agents, catalog).frozen(BOTH, 5.0) as freezes:
+        assert agents.frozen == set(BOTH)
+        assert all(freeze.in_force for freeze in freezes.values())
+    assert agents.frozen == set()
+
+
+async def test_an_agent_that_hangs_does_not_use_up_the_time_of_the_others(catalog: Catalog) -> None:
+    agents = Agents()
+    agents.hangs = {OTHER.uuid}
+    async with Freezer(agents, catalog).frozen(BOTH, 2.0) as freezes:
+        assert freezes[GUEST.uuid].in_force  # still, after the other one has not answered
+        assert not freezes[OTHER.uuid].in_force
+    assert agents.given_s == [1.0, 1.0]
+    assert agents.frozen == set()
+
+
+async def test_a_guest_that_vanishes_lets_the_others_be_thawed(catalog: Catalog) -> None:
+    agents = Agents()
+    agents.hangs, agents.error = {OTHER.uuid}, GuestUnknown("it is gone")
+    with pytest.raises(GuestUnknown):
+        async with Freezer(agents, catalog).frozen(BOTH, 0.1):
+            raise AssertionError("one of them is not there")
+    assert agents.frozen == set()
+
+
+async def test_two_that_freeze_the_same_guests_in_other_orders_do_not_wait_for_each_other(catalog: Catalog) -> None:
+    agents = Agents()
+    freezer = Freezer(agents, catalog)
+
+    async def one(guests: list[GuestUuid]) -> None:
+        async with freezer.frozen(guests, 5.0) as freezes:
+            await asyncio.sleep(0)
+            assert agents.frozen == set(BOTH)
+            assert all(freeze.in_force for freeze in freezes.values())
+
+    async with asyncio.timeout(10):
+        await asyncio.gather(*(one(order) for order in (BOTH, BOTH[::-1]) * 5))
