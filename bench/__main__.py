@@ -1,4 +1,4 @@
-"""``python -m bench [copying|impact|all] [--rounds N] [--mib N] [--json]``: hvsnap beside its peers, as ratios."""
+"""``python -m bench [copying|impact|rollback|all] [--rounds N] [--mib N] [--json]``: beside its peers, as ratios."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from bench.copying import Copying
 from bench.disk import build
 from bench.impact import Impact
+from bench.rollback import TIME_MAX, WRITTEN_MAX, Rolling
 
 GIB = 1 << 30
 LIMITS_IMPACT = {"redirect": (0.97, 1.1)}
@@ -45,9 +46,26 @@ def impact(rounds: int, seconds: float) -> dict[str, Any]:
     return {name: {"iops": iops, "p99": p99} for name, (iops, p99) in run.summary().items()}
 
 
+def rollback(rounds: int, mib: int) -> dict[str, Any]:
+    disk = build(10 * GIB, mib << 20)
+    say(
+        f"{disk.files} files of {disk.file_bytes >> 20} MiB on a disk of {disk.size_bytes >> 30} GiB, 1 % of it changed"
+    )
+    run = Rolling(disk, say)
+    run.rounds(rounds)
+    print(f"\n{'rolling back':<46} {'median':>7} {'at most':>8}")
+    for name, value in run.summary().items():
+        limit = {"written / blocks that differ": WRITTEN_MAX, "rollback / whole restore": TIME_MAX}.get(
+            name.partition(": ")[2], 0.0
+        )
+        verdict = "" if not limit else f"{limit:8.2f}  {'ok' if value <= limit else 'MISSED'}"
+        print(f"{name:<46} {value:7.2f} {verdict}")
+    return {"figures": run.figures, "medians": run.summary()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("what", nargs="?", default="all", choices=["copying", "impact", "all"])
+    parser.add_argument("what", nargs="?", default="all", choices=["copying", "impact", "rollback", "all"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mib", type=int, default=2000, help="real file data on the disk")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of the guest")
@@ -64,6 +82,8 @@ def main() -> int:
         result["copying"] = copying(options.rounds, options.mib)
     if options.what in ("impact", "all"):
         result["impact"] = impact(options.rounds, options.seconds)
+    if options.what in ("rollback", "all"):
+        result["rollback"] = rollback(options.rounds, options.mib)
     if options.json:
         print(json.dumps(result, indent=2))
     return 0

@@ -78,14 +78,31 @@ class Filler:
                 async for _position, block in blocks:
                     meter.add(len(block))
 
-    async def fill(self, writes: AsyncIterator[PageWrites], writer: NbdWriter, size_bytes: int, meter: Meter) -> None:
-        """Write to a disk of ``size_bytes``; its last block may be short."""
+    async def clear(self, writes: AsyncIterator[PageWrites], writer: NbdWriter, size_bytes: int) -> None:
+        """Write only the zeroes, to a disk of ``size_bytes``."""
+        async for one in writes:
+            await self._clear(one, writer, size_bytes)
+
+    async def _clear(self, one: PageWrites, writer: NbdWriter, size_bytes: int) -> None:
         block_size = self._store.block_size
+        for first, count in ranges(one.zero):
+            offset = first * block_size
+            await writer.zero(offset, min(count * block_size, size_bytes - offset))
+
+    async def fill(
+        self,
+        writes: AsyncIterator[PageWrites],
+        writer: NbdWriter,
+        size_bytes: int,
+        meter: Meter,
+        *,
+        cleared: bool = False,
+    ) -> None:
+        """Write to a disk of ``size_bytes``, whose last block may be short; ``cleared``: zeroes are there already."""
         window: list[PageWrites] = []
         async for one in writes:
-            for first, count in ranges(one.zero):
-                offset = first * block_size
-                await writer.zero(offset, min(count * block_size, size_bytes - offset))
+            if not cleared:
+                await self._clear(one, writer, size_bytes)
             window.append(one)
             if len(window) == WINDOW_PAGES:
                 await self._write_window(window, writer, size_bytes, meter)

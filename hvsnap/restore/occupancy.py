@@ -1,4 +1,4 @@
-"""Whether anybody uses what a new disk is to be written over: guests, their backing files, any program of the host.
+"""Whether anybody uses what is to be written over: guests, those that build on it, any program of the host.
 
 What a guest's QEMU has open it goes on writing to, whatever lies under the name; so the answer comes from all sides,
 and any of them is enough for a no.
@@ -11,6 +11,7 @@ import contextlib
 import os
 import stat
 from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
 
 from hvsnap.capture.facts import KIND, CaptureFacts
 from hvsnap.catalog.catalog import Catalog
@@ -54,6 +55,20 @@ class Occupancy:
                 raise Refused(f"{path} belongs to {owner}", hint="choose another place, or remove that disk first")
         await asyncio.to_thread(_check_unused, path)
 
+    async def check_no_base(self, path: str) -> None:
+        """Raise :class:`Refused` for an image that another one builds on: written to, it would ruin that one."""
+        wanted = await asyncio.to_thread(identity, path)
+        for owner, image in await self._foundations():
+            if wanted is not None and await asyncio.to_thread(identity, image) == wanted:
+                hint = "make that one independent first (`virsh blockpull`, `qemu-img rebase`), or make a new disk"
+                raise Refused(f"{owner} builds on {path}, which must not change beneath it", hint=hint)
+
+    async def check_no_writer(self, path: str) -> None:
+        """Raise :class:`Busy` for a block device that a program has open for writing; files have QEMU's locks."""
+        pid = await asyncio.to_thread(_written_by, path)
+        if pid is not None:
+            raise Busy(f"{path} is in use: process {pid} has it open for writing", hint="end its use, and try again")
+
     @contextlib.asynccontextmanager
     async def held(self, path: str) -> AsyncIterator[None]:
         """Hold a block device: nothing of the host can be mounted from it or built on it as long as this lasts.
@@ -65,6 +80,18 @@ class Occupancy:
             yield
         finally:
             os.close(fd)
+
+    async def _foundations(self) -> list[tuple[str, str]]:
+        """Return ``(who, path)`` of every image that one of a guest's builds on."""
+        census = await self._hypervisor.census()
+        found: list[tuple[str, str]] = []
+        for guest in census.guests:
+            for disk in guest.disks:
+                who = f"{guest.name}/{disk.target}"
+                found += [(who, layer.path) for layer in disk.layers[1:]]
+                if disk.layers:
+                    found += await _beneath(who, disk.layers[-1].path, disk.layers[-1].format)
+        return found
 
     async def _images(self) -> list[tuple[str, str]]:
         """Return ``(who, path)`` of every image that a guest has, is known to have had, or builds on."""
@@ -125,7 +152,16 @@ def _processes() -> Iterable[str]:
     return (name for name in os.listdir("/proc") if name.isdecimal() and int(name) != os.getpid())
 
 
-def _opened_by(device: int, processes: Iterable[str]) -> str | None:
+def _written_by(path: str) -> str | None:
+    """Return a process that has a block device open for writing."""
+    with contextlib.suppress(OSError):
+        seen = os.stat(path)
+        if stat.S_ISBLK(seen.st_mode):
+            return _opened_by(seen.st_rdev, _processes(), to_write=True)
+    return None
+
+
+def _opened_by(device: int, processes: Iterable[str], *, to_write: bool = False) -> str | None:
     """Return a process that has a device open, as far as this one may look.
 
     QEMU's locks do not tell: in the private /dev that libvirt makes for each guest the device is another inode.
@@ -135,6 +171,15 @@ def _opened_by(device: int, processes: Iterable[str]) -> str | None:
             for entry in os.scandir(f"/proc/{pid}/fd"):
                 with contextlib.suppress(OSError):
                     seen = os.stat(entry.path)
-                    if stat.S_ISBLK(seen.st_mode) and seen.st_rdev == device:
+                    mine = stat.S_ISBLK(seen.st_mode) and seen.st_rdev == device
+                    if mine and (not to_write or _may_write(pid, entry.name)):
                         return pid
     return None
+
+
+def _may_write(pid: str, number: str) -> bool:
+    """Whether a process has opened a file for writing (``flags`` in /proc/PID/fdinfo, octal)."""
+    for line in Path(f"/proc/{pid}/fdinfo/{number}").read_text().splitlines():
+        if line.startswith("flags:"):
+            return int(line.split()[1], 8) & os.O_ACCMODE != os.O_RDONLY
+    return False

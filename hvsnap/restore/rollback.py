@@ -12,38 +12,39 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
-import numpy.typing as npt
 
 from hvsnap.capture.blockset import BlockSet
 from hvsnap.capture.pipeline import Meter
-from hvsnap.capture.plan import Selection, decide, groups
-from hvsnap.capture.reader import read_chunks, scan
-from hvsnap.catalog import chain
 from hvsnap.catalog.catalog import Catalog
-from hvsnap.errors import GuestRunning, HypervisorFailed, NotFound, Refused
+from hvsnap.errors import Busy, GuestRunning, HypervisorFailed, NotFound, Refused
 from hvsnap.guard import ROLLBACK, Bar, StartGuard
 from hvsnap.happenings import EventType, disk_payload
-from hvsnap.hypervisor import images
+from hvsnap.hypervisor import image_lock, images
 from hvsnap.hypervisor.image_lock import images_locked
 from hvsnap.hypervisor.images import ImageInfo
 from hvsnap.hypervisor.nbd_server import serve_image
 from hvsnap.model import PAGE_BLOCKS, Disk, DiskId, GuestView, Method, Operation, Progress, Snapshot, SnapshotId, State
-from hvsnap.ports import Hypervisor, NbdExport, UInt64Array
+from hvsnap.ports import Hypervisor
+from hvsnap.restore import target
+from hvsnap.restore.differences import Difference, Differences
 from hvsnap.restore.fill import Filler
-from hvsnap.restore.plan import add_difference
+from hvsnap.restore.occupancy import Occupancy
 from hvsnap.restore.writer import NbdWriter, open_writer
 from hvsnap.secret import Passphrase
 from hvsnap.store.blocks import PackedBlocks
-from hvsnap.store.codec import digest_blocks
 
 log = logging.getLogger(__name__)
 
 KIND = "rollback"
+
+GONE = "its disk is in no guest any more, and its image is gone"
+"""Why a rollback is given up that cannot be resumed, ever."""
 
 Report = Callable[[Progress], None]
 
@@ -70,93 +71,81 @@ class Step(StrEnum):
     WRITTEN = "starting a bitmap"
 
 
-class Wanted:
-    """What a snapshot holds, page by page, within its own size."""
-
-    def __init__(self, catalog: Catalog, store: PackedBlocks, snapshot: Snapshot, pages: set[int]) -> None:
-        self.pages = pages
-        self._catalog = catalog
-        self._store = store
-        self._snapshot = snapshot
-        self._last: tuple[int, npt.NDArray[np.uint8]] | None = None
-
-    @classmethod
-    async def of(cls, catalog: Catalog, store: PackedBlocks, snapshot: Snapshot) -> Wanted:
-        """Return what ``snapshot`` holds."""
-        return cls(catalog, store, snapshot, set(await catalog.page_numbers(snapshot.id)))
-
-    async def view(self, page: int) -> UInt64Array:
-        """Return a page's block ids, without entries beyond the snapshot's end, left from when the disk was larger."""
-        if page not in self.pages:
-            return chain.blank()
-        view = await self._catalog.view(self._snapshot.id, page)
-        blocks = -(-self._snapshot.size_bytes // self._store.block_size) - page * PAGE_BLOCKS
-        view[max(0, blocks) :] = 0
-        return view
-
-    async def digests(self, page: int) -> npt.NDArray[np.uint8]:
-        """Return a page's digests, ``uint8[PAGE_BLOCKS, 32]``, zeroes for zero blocks; the last page is remembered."""
-        if self._last is None or self._last[0] != page:
-            self._last = (page, await self._store.digests(await self.view(page)))
-        return self._last[1]
-
-
 class Rollback:
     """Rolls disks back. The caller keeps captures away from them, and makes the safety snapshot."""
 
     def __init__(
-        self, hypervisor: Hypervisor, catalog: Catalog, store: PackedBlocks, run_dir: str, guard: StartGuard
+        self,
+        hypervisor: Hypervisor,
+        catalog: Catalog,
+        store: PackedBlocks,
+        run_dir: str,
+        guard: StartGuard,
+        occupancy: Occupancy,
     ) -> None:
         self._hypervisor = hypervisor
         self._catalog = catalog
         self._store = store
         self._run_dir = run_dir
         self._guard = guard
+        self._occupancy = occupancy
+        self._differences = Differences(catalog, store, run_dir)
 
     async def plan(
         self, disk_id: DiskId, snapshot_id: SnapshotId, report: Report, *, origin: bool = False
     ) -> RollbackPlan:
         """Return what would be written; nothing is touched. Raises as :meth:`run` does."""
         disk, snapshot, info, key = await self._check(disk_id, snapshot_id, origin=origin)
-        differs, method, reason = await self._differs(disk, snapshot, info, key, report)
-        filler = Filler(self._catalog, self._store, snapshot)
-        stored, zero = await filler.count(filler.differing_writes(differs))
-        size = self._store.block_size
-        resized = info.size_bytes != snapshot.size_bytes
-        return RollbackPlan(snapshot.id, stored * size, zero * size, method, reason, resized)
+        await self._occupancy.check_no_base(disk.source)
+        async with images_locked([disk.source]):
+            differs = await self._differences.find(disk, snapshot, info, key, report)
+        return await self._counted(snapshot, info, differs)
 
     async def run(
-        self, disk_id: DiskId, snapshot_id: SnapshotId, report: Report, *, origin: bool = False
+        self,
+        disk_id: DiskId,
+        snapshot_id: SnapshotId,
+        report: Report,
+        *,
+        origin: bool = False,
+        begins: Callable[[], None] = lambda: None,
     ) -> RollbackPlan:
-        """Bring the disk back to the snapshot.
+        """Bring the disk back to the snapshot; ``begins`` is called when all was looked at and the writing comes.
 
-        Raises :class:`GuestRunning`, :class:`Refused` (another disk's snapshot, one that is not accomplished),
-        :class:`Damaged` before anything is written. From the first write on a failure leaves the journal's entry
-        open, and :meth:`resume` goes on.
+        Raises :class:`GuestRunning`, :class:`Refused` (another disk's snapshot, one that is not accomplished, an image
+        that others build on), :class:`Busy`, :class:`NoSpace`, :class:`Damaged` before anything is written. From the
+        first write on a failure leaves the journal's entry open, and :meth:`resume` goes on.
         """
-        disk, snapshot, info, key = await self._check(disk_id, snapshot_id, origin=origin)
-        filler = Filler(self._catalog, self._store, snapshot)
-        size = self._store.block_size
-        # A guest that ran for a while between the look at its disk and the writing would leave what it wrote.
-        async with images_locked([disk.source]):
-            differs, method, reason = await self._differs(disk, snapshot, info, key, report)
-            stored, zero = await filler.count(filler.differing_writes(differs))
-            verified = Meter(snapshot.id, stored * size, lambda _progress: None)
-            await filler.verify(filler.differing_writes(differs), verified)
-        async with self._open(disk, key) as writer:
-            operation = await self._begin(disk, snapshot)
-            await self._write(operation, writer, snapshot, info, differs, report)
+        disk, snapshot, _info, key = await self._check(disk_id, snapshot_id, origin=origin)
+        await self._occupancy.check_no_base(disk.source)
+        try:
+            async with images_locked([disk.source]):
+                info = await images.image_info(disk.source, disk.format)  # from here on nobody resizes it
+                differs = await self._differences.find(disk, snapshot, info, key, report)
+                plan = await self._counted(snapshot, info, differs)
+                await self._verify(disk, snapshot, info, differs)
+                begins()
+                # Before the lock is let go: a guest that ran for a moment would leave what it wrote.
+                await self._guard.bar(Bar.of(disk, ROLLBACK, snapshot=snapshot.id))
+            async with self._open(disk, info, key) as writer:
+                operation = await self._begin(disk, snapshot)
+                await self._write(operation, writer, disk, snapshot, info, differs.blocks, report)
+        except BaseException:
+            await asyncio.shield(self._lift_unless_open(disk))
+            raise
         await self._finish(operation, disk, snapshot, info, await self._start_bitmap(operation, disk, info, key))
-        return RollbackPlan(
-            snapshot.id, stored * size, zero * size, method, reason, info.size_bytes != snapshot.size_bytes
-        )
+        return plan
 
     async def resume(self, operation: Operation, report: Report) -> None:
         """Finish a rollback that was interrupted anywhere. Raises as :meth:`run` does; it may be called again.
 
-        Once all was written the guest may have run again: its disk is never written to then.
+        Once all was written the guest may have run again: its disk is never written to then. Where the disk itself is
+        gone, nothing is left to be set back, and the entry is closed (:data:`GONE`).
         """
         disk_id, snapshot_id = DiskId(str(operation.facts["disk"])), SnapshotId(str(operation.facts["snapshot"]))
+        if await self._is_gone(operation, await self._catalog.disk(disk_id)):
+            await self._give_up(operation)
+            return
         if operation.step == Step.WRITTEN:
             disk, snapshot = await self._catalog.disk(disk_id), await self._catalog.snapshot(snapshot_id)
             info = await images.image_info(disk.source, disk.format)
@@ -169,28 +158,44 @@ class Rollback:
             bitmap = _bitmap_name(operation) if info.holds_bitmaps else None
             await self._finish(operation, disk, snapshot, info, bitmap)
             return
-        disk, snapshot, info, key = await self._check(disk_id, snapshot_id, origin=bool(operation.facts.get("origin")))
+        disk, snapshot, _info, key = await self._check(disk_id, snapshot_id, origin=bool(operation.facts.get("origin")))
         await self._guard.bar(Bar.of(disk, ROLLBACK, snapshot=snapshot.id))
         async with images_locked([disk.source]):
-            differs = await self._compare(disk, snapshot, info, key, report)
-        async with self._open(disk, key) as writer:
-            await self._write(operation, writer, snapshot, info, differs, report)
+            info = await images.image_info(disk.source, disk.format)
+            blocks = await self._differences.compare(disk, snapshot, info, key, report)
+        async with self._open(disk, info, key) as writer:
+            await self._write(operation, writer, disk, snapshot, info, blocks, report)
         await self._finish(operation, disk, snapshot, info, await self._start_bitmap(operation, disk, info, key))
 
     # -- before -----------------------------------------------------------------------------------
 
+    async def _counted(self, snapshot: Snapshot, info: ImageInfo, differs: Difference) -> RollbackPlan:
+        filler = Filler(self._catalog, self._store, snapshot)
+        stored, zero = await filler.count(filler.differing_writes(differs.blocks))
+        size, resized = self._store.block_size, info.size_bytes != snapshot.size_bytes
+        return RollbackPlan(snapshot.id, stored * size, zero * size, differs.method, differs.reason, resized)
+
+    async def _verify(self, disk: Disk, snapshot: Snapshot, info: ImageInfo, differs: Difference) -> None:
+        """See that there is room for what will be written, and read all of it: half of it would leave a broken disk."""
+        filler = Filler(self._catalog, self._store, snapshot)
+        new = 0
+        async for one in filler.differing_writes(differs.blocks):
+            if one.blocks.size:
+                page = int(one.blocks[0]) // PAGE_BLOCKS
+                new += int(np.count_nonzero(~differs.data.page(page)[one.blocks - page * PAGE_BLOCKS]))
+        # Data files are elsewhere, and what a device has left for a qcow2 nobody tells.
+        if not info.data_file and not await asyncio.to_thread(target.is_device, disk.source):
+            held_bytes = differs.data.count() * self._store.block_size
+            await asyncio.to_thread(target.check_growth, disk.source, held_bytes, new * self._store.block_size)
+        await filler.verify(filler.differing_writes(differs.blocks), Meter(snapshot.id, 1, lambda _progress: None))
+
     async def _begin(self, disk: Disk, snapshot: Snapshot) -> Operation:
-        """Bar the guest, then open the journal's entry: a guest that ran in between would lose what it wrote."""
-        await self._guard.bar(Bar.of(disk, ROLLBACK, snapshot=snapshot.id))
-        try:
-            async with self._catalog.write() as tx:
-                facts = {"disk": disk.id, "snapshot": snapshot.id, "origin": snapshot.disk != disk.id}
-                operation = await tx.open_operation(KIND, disk.guest_uuid, Step.WRITING, facts)
-                await tx.emit(EventType.ROLLBACK_STARTED, disk_payload(disk) | {"snapshot": snapshot.id})
-        except BaseException:
-            # Whether it was committed is unknown: look.
-            await asyncio.shield(self._lift_unless_open(disk))
-            raise
+        """Open the journal's entry; the guest is barred already."""
+        inode = await asyncio.to_thread(_inode, disk.source)
+        async with self._catalog.write() as tx:
+            facts = {"disk": disk.id, "snapshot": snapshot.id, "origin": snapshot.disk != disk.id, "inode": inode}
+            operation = await tx.open_operation(KIND, disk.guest_uuid, Step.WRITING, facts)
+            await tx.emit(EventType.ROLLBACK_STARTED, disk_payload(disk) | {"snapshot": snapshot.id})
         return operation
 
     async def _lift_unless_open(self, disk: Disk) -> None:
@@ -234,94 +239,59 @@ class Rollback:
             raise Refused(f"{disk.source} is encrypted, and no secret is known for it", hint=hint)
         return key
 
-    async def _differs(
-        self, disk: Disk, snapshot: Snapshot, info: ImageInfo, key: Passphrase | None, report: Report
-    ) -> tuple[BlockSet, Method, str]:
-        """Return the blocks in which the disk may differ from the snapshot, and how that was found."""
-        head = await self._catalog.snapshot(disk.head) if disk.head else None
-        decision = decide(
-            disk,
-            {bitmap.name: bitmap for bitmap in info.bitmaps},
-            size_bytes=info.size_bytes,
-            head_size_bytes=None if head is None else head.size_bytes,
-            block_size=self._store.block_size,
-        )
-        if decision.bitmap is not None and head is not None:
-            try:
-                return await self._from_bitmap(disk, head, snapshot, decision.bitmap, key), Method.BITMAP, ""
-            except HypervisorFailed as error:
-                reason = f"the dirty bitmap could not be exported: {error.message}"
-                return await self._compare(disk, snapshot, info, key, report), Method.RESCAN, reason
-        return await self._compare(disk, snapshot, info, key, report), Method.RESCAN, decision.reason
+    async def _is_gone(self, operation: Operation, disk: Disk) -> bool:
+        """Whether the disk is in no guest any more, and what lies at its path, if anything, is another file.
 
-    async def _from_bitmap(
-        self, disk: Disk, head: Snapshot, target: Snapshot, bitmap: str, key: Passphrase | None
-    ) -> BlockSet:  # fmt: skip
-        """Return what was written since the head, what its deletion carried over, and where head and target differ."""
-        async with serve_image(disk.source, disk.format, run_dir=self._run_dir, bitmap=bitmap, key=key) as export:
-            found = await asyncio.to_thread(scan, export, self._store.block_size)
-        differs = found.dirty
-        if differs is None:
-            raise HypervisorFailed(f"the bitmap {bitmap} was not exported")
-        for page, index in (await self._catalog.carry(disk.id)).items():
-            if page < differs.pages:
-                differs.add_index(page, index)
-        present = await Wanted.of(self._catalog, self._store, head)
-        wanted = await Wanted.of(self._catalog, self._store, target)
-        for page in sorted(present.pages | wanted.pages):
-            add_difference(differs, page, await present.view(page), await wanted.view(page))
-        return differs
+        That may be somebody else's by now. A guest that still has the path in its definition has its disk.
+        """
+        guest = await self._guest(disk)
+        views = () if guest is None else guest.disks
+        if any(view.layers and view.top.path == disk.source for view in views) or (guest is not None and guest.active):
+            return False
+        inode = operation.facts.get("inode")  # None: a device, or an entry of an earlier release
+        seen = await asyncio.to_thread(_inode, disk.source)
+        there = await asyncio.to_thread(os.path.exists, disk.source)
+        return not there or (isinstance(inode, int) and seen != inode)
 
-    async def _compare(
-        self, disk: Disk, snapshot: Snapshot, info: ImageInfo, key: Passphrase | None, report: Report
-    ) -> BlockSet:  # fmt: skip
-        """Read the whole disk and return the blocks whose content is not the snapshot's."""
-        block_size = self._store.block_size
-        differs = BlockSet(-(-info.size_bytes // block_size))
-        wanted = await Wanted.of(self._catalog, self._store, snapshot)
-        async with serve_image(disk.source, disk.format, run_dir=self._run_dir, key=key) as export:
-            found = await asyncio.to_thread(scan, export, block_size)
-            # What holds no data differs where the snapshot has a block; what holds data is read and compared.
-            for page in sorted(wanted.pages):
-                if page < differs.pages:
-                    view = await wanted.view(page)
-                    view[found.data.page(page)] = 0
-                    add_difference(differs, page, chain.blank(), view)
-            meter = Meter(snapshot.id, found.data.count() * block_size, report)
-            await self._compare_data(export, found.data, wanted, info.size_bytes, differs, meter)
-        return differs
-
-    async def _compare_data(
-        self, export: NbdExport, data: BlockSet, wanted: Wanted, size_bytes: int, differs: BlockSet, meter: Meter
-    ) -> None:
-        key = self._store.repository.keys.block
-        block_size = self._store.block_size
-        work = (group for page in Selection(data, None).work() for group in groups(page, block_size))
-        async with read_chunks(export, size_bytes, block_size, work) as stream:
-            while (chunk := await stream.get()) is not None:
-                try:
-                    present = await asyncio.to_thread(digest_blocks, chunk.data, block_size, key)
-                finally:
-                    chunk.release()
-                digests = (await wanted.digests(chunk.page))[chunk.index]
-                zero = bytes(digests.shape[1])
-                wrong = [at for at in range(chunk.index.size) if present.get(at, zero) != digests[at].tobytes()]
-                differs.add_index(chunk.page, chunk.index[wrong])
-                meter.add(len(chunk.data))
+    async def _give_up(self, operation: Operation) -> None:
+        disk = await self._catalog.disk(DiskId(str(operation.facts["disk"])))
+        payload = disk_payload(disk) | {"snapshot": str(operation.facts["snapshot"]), "error": GONE}
+        async with self._catalog.write() as tx:
+            await tx.emit(EventType.ROLLBACK_FAILED, payload)
+            await tx.close_operation(operation.id)
+        log.warning("the rollback of disk %s is given up: %s", disk.source, GONE)
+        await self._guard.lift(disk.id, ROLLBACK)
 
     # -- the writing ------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def _open(self, disk: Disk, key: Passphrase | None) -> AsyncIterator[NbdWriter]:
-        """Open a disk for writing: as long as the context lasts, nobody else can."""
-        serving = serve_image(disk.source, disk.format, run_dir=self._run_dir, read_only=False, key=key)
-        async with serving as export, open_writer(export) as writer:
+    async def _open(self, disk: Disk, info: ImageInfo, key: Passphrase | None) -> AsyncIterator[NbdWriter]:
+        """Open a disk for writing: as long as the context lasts, nobody else can.
+
+        Raises :class:`Busy` for what somebody has open, or has resized since it was looked at.
+        """
+        await self._occupancy.check_no_writer(disk.source)
+        async with contextlib.AsyncExitStack() as stack:
+            serving = serve_image(disk.source, disk.format, run_dir=self._run_dir, read_only=False, key=key)
+            try:
+                export = await stack.enter_async_context(serving)
+            except HypervisorFailed as error:
+                if await asyncio.to_thread(image_lock.in_use, disk.source):
+                    hint = "end its use (`fuser -v` tells who has it), and try again"
+                    raise Busy(f"{disk.source} is open in another program", hint=hint) from error
+                raise
+            writer = await stack.enter_async_context(open_writer(export))
+            size_bytes = await writer.size_bytes()
+            if size_bytes != info.size_bytes:
+                was = f"{info.size_bytes} to {size_bytes} bytes"
+                raise Busy(f"{disk.source} was resized from {was} while it was looked at", hint="try again")
             yield writer
 
     async def _write(
         self,
         operation: Operation,
         writer: NbdWriter,
+        disk: Disk,
         snapshot: Snapshot,
         info: ImageInfo,
         differs: BlockSet,
@@ -331,10 +301,21 @@ class Rollback:
         filler = Filler(self._catalog, self._store, snapshot)
         stored, _zero = await filler.count(filler.differing_writes(differs))
         meter = Meter(snapshot.id, stored * self._store.block_size, report)
-        await filler.fill(filler.differing_writes(differs), writer, info.size_bytes, meter)
+        # What becomes zero first: it makes room for the rest.
+        await filler.clear(filler.differing_writes(differs), writer, info.size_bytes)
+        await filler.fill(filler.differing_writes(differs), writer, info.size_bytes, meter, cleared=True)
         await writer.finish()
+        if await asyncio.to_thread(target.is_device, disk.source):
+            await self._check_not_started(disk)
         async with self._catalog.write() as tx:
             await tx.step(operation.id, Step.WRITTEN)
+
+    async def _check_not_started(self, disk: Disk) -> None:
+        """Raise if a guest was started onto a device meanwhile: QEMU's locks do not reach it; a hook may lack."""
+        guest = await self._guest(disk)
+        if guest is not None and guest.active:
+            hint = "shut it off: the rollback goes on then; `hvsnap hook-install` keeps guests from starting in one"
+            raise GuestRunning(f"guest {guest.name} was started while {disk.source} was written to", hint=hint)
 
     async def _start_bitmap(
         self, operation: Operation, disk: Disk, info: ImageInfo, key: Passphrase | None
@@ -375,6 +356,11 @@ def check_not_saved(guest: GuestView) -> None:
             f"guest {guest.name} is saved: its memory goes with its disks as they are now",
             hint="restore or start it, and shut it down",
         )
+
+
+def _inode(path: str) -> int | None:
+    """Return what tells an image's file from another one. Blocking."""
+    return target.inode_of(os.path.realpath(path))
 
 
 def _bitmap_name(operation: Operation) -> str:

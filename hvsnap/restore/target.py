@@ -84,6 +84,22 @@ def check_space(path: str, needed_bytes: int) -> None:
         )
 
 
+def check_growth(path: str, held_bytes: int, new_bytes: int) -> None:
+    """Refuse to write ``new_bytes`` into holes of an image where that plainly does not fit. Blocking.
+
+    ``held_bytes`` of it are data. What it takes beyond that (preallocated, zeroed in place) is reused first.
+    """
+    seen = os.stat(path)
+    needed_bytes = new_bytes - max(0, seen.st_blocks * 512 - held_bytes)
+    room = os.statvfs(path)
+    free_bytes = room.f_bavail * room.f_frsize
+    if needed_bytes > free_bytes:
+        raise NoSpace(
+            f"{os.path.dirname(path)} has {free_bytes} bytes free, {path} would grow by {needed_bytes}",
+            hint="free some space there: nothing was written",
+        )
+
+
 def check_device(path: str, needed_bytes: int) -> None:
     """Refuse a device that is too small. Blocking."""
     size_bytes = device_bytes(path)

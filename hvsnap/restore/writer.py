@@ -55,6 +55,10 @@ class NbdWriter:
         for thread in self._threads:
             thread.start()
 
+    async def size_bytes(self) -> int:
+        """Return the size of what is written to, as it was opened."""
+        return await asyncio.to_thread(self._size_bytes)
+
     async def write(self, offset: int, data: memoryview) -> None:
         """Write bytes; waits while too much is under way. Raises what an earlier piece failed with."""
         self._batch.append(Piece(offset, len(data), data))
@@ -116,6 +120,15 @@ class NbdWriter:
         if handle is not None:
             with contextlib.suppress(nbd.Error):
                 handle.shutdown()
+
+    def _size_bytes(self) -> int:
+        try:
+            handle = self._connect()
+            size_bytes = int(handle.get_size())
+            handle.shutdown()
+        except nbd.Error as error:
+            raise _translate(error) from error
+        return size_bytes
 
     def _flush(self) -> None:
         try:

@@ -41,9 +41,15 @@ class Roller(Protocol):
         ...
 
     async def run(
-        self, disk_id: DiskId, snapshot_id: SnapshotId, report: Report, *, origin: bool = False
+        self,
+        disk_id: DiskId,
+        snapshot_id: SnapshotId,
+        report: Report,
+        *,
+        origin: bool = False,
+        begins: Callable[[], None] = lambda: None,
     ) -> RollbackPlan:
-        """Bring the disk back to the snapshot, with ``origin`` also to another disk's."""
+        """Bring the disk back to the snapshot, with ``origin`` also to another disk's; ``begins``: writing comes."""
         ...
 
 
@@ -217,8 +223,7 @@ class Rollbacks:
             while disk.id in self._captures.busy_disks():
                 await self._captures.settled([disk.id])
             with self._uses.hold_disk(disk.id, "being rolled back"):
-                run.final("the rollback has begun to write: it goes on to its end")
-                run.step("setting the disk back")
+                run.step("comparing the disk with the snapshot")
                 done = await self._run(rolling, run)
         started, notes = await self._start(rolling, run) if request.start else (False, [])
         told: dict[str, Any] = {
@@ -252,8 +257,15 @@ class Rollbacks:
     async def _run(self, rolling: _Rolling, run: TaskRun) -> RollbackPlan:
         """Set the disk back; a failure on the way leaves the journal's entry, and says so."""
         disk, snapshot = rolling.disk, rolling.snapshot
+
+        def begins() -> None:
+            run.final("the rollback has begun to write: it goes on to its end")
+            run.step("setting the disk back")
+
         try:
-            return await self._roller.run(disk.id, snapshot.id, run.progress, origin=bool(rolling.origin))
+            return await self._roller.run(
+                disk.id, snapshot.id, run.progress, origin=bool(rolling.origin), begins=begins
+            )
         except HvsnapError as error:
             left = [one for one in await self._catalog.operations(rollback.KIND) if one.facts.get("disk") == disk.id]
             if left:

@@ -18,7 +18,7 @@ from hvsnap.capture.blockset import BlockSet
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.hypervisor.libvirt import LibvirtHypervisor
 from hvsnap.model import PAGE_BLOCKS, BlockPlace
-from hvsnap.restore.rollback import Rollback
+from hvsnap.restore.differences import Difference, Differences
 from hvsnap.store.codec import Codec
 from hvsnap.store.pack import FLAG_ZSTD
 
@@ -148,13 +148,13 @@ def carry_forgotten() -> None:
 @fault
 def bitmap_ignored_in_rollback() -> None:
     """A rollback writes where snapshots differ, and not what the guest wrote since."""
-    whole = Rollback._from_bitmap
+    whole = Differences._by_bitmap
 
-    async def broken(self: Rollback, *arguments: Any) -> BlockSet:
+    async def broken(self: Differences, *arguments: Any) -> Difference:
         found = await whole(self, *arguments)
-        return BlockSet(found.blocks)
+        return dataclasses.replace(found, blocks=BlockSet(found.blocks.blocks))
 
-    Rollback._from_bitmap = broken  # type: ignore[method-assign]
+    Differences._by_bitmap = broken  # type: ignore[method-assign]
 
 
 @fault
