@@ -1,4 +1,4 @@
-"""What is set for policies and disks, as objects of the repository (docs/format.md, "Settings").
+"""What is set for policies and disks, and what disks were made of, as objects of the repository (docs/format.md).
 
 A rebuild knows from them what no manifest tells. The newest counts; the older ones are removed once it is written.
 """
@@ -13,7 +13,7 @@ from typing import Any
 from blake3 import blake3
 
 from hvsnap.errors import Damaged, FormatUnknown, NotFound
-from hvsnap.model import DiskId
+from hvsnap.model import DiskId, Origin
 from hvsnap.policy import Keep, Policy, PolicyId
 from hvsnap.ports import ObjectStore
 from hvsnap.store.repository import Repository
@@ -38,10 +38,11 @@ class DiskSettings:
 
 @dataclass(frozen=True, slots=True)
 class HostSettings:
-    """All policies, and what is set for disks; both in order of their ids."""
+    """All policies, and what is set for disks, in order of their ids; what files were made of, by their paths."""
 
     policies: tuple[Policy, ...] = ()
     disks: tuple[DiskSettings, ...] = ()
+    origins: tuple[Origin, ...] = ()
 
 
 def encode(settings: HostSettings, name: str, repository: Repository) -> bytes:
@@ -98,7 +99,9 @@ def _settings(document: dict[str, Any]) -> HostSettings:
         )
         for one in document["policies"]
     ]
-    return HostSettings(tuple(policies), tuple(DiskSettings(**one) for one in document["disks"]))
+    disks = tuple(DiskSettings(**one) for one in document["disks"])
+    origins = tuple(Origin(**one) for one in document.get("origins", []))  # earlier releases wrote none
+    return HostSettings(tuple(policies), disks, origins)
 
 
 def _check(values: dict[str, Any], repository: Repository) -> str:

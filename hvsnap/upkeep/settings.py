@@ -1,4 +1,4 @@
-"""Policies and what is set for disks, kept in the store, too: a rebuild brings them back."""
+"""Policies, what is set for disks, and what they were made of, kept in the store, too: a rebuild brings them back."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ async def present(catalog: Catalog) -> HostSettings:
         for disk in await catalog.disks(include_released=True)
     ]
     told = [one for one in disks if one != DiskSettings(one.id)]
-    return HostSettings(tuple(policies), tuple(sorted(told, key=lambda one: one.id)))
+    # Of a block device nothing tells later whether it is still the same one.
+    origins = [origin for origin in await catalog.origins() if origin.inode is not None]
+    return HostSettings(tuple(policies), tuple(sorted(told, key=lambda one: one.id)), tuple(origins))
 
 
 class SettingsKeeper:
@@ -85,6 +87,8 @@ async def bring_back(catalog: Catalog, store: PackedBlocks) -> int:
     async with catalog.write() as tx:
         for policy in settings.policies:
             await tx.put_policy(policy)
+        for origin in settings.origins:
+            await tx.put_origin(origin)
         for one in settings.disks:
             if one.id in disks:
                 await tx.update_disk(
