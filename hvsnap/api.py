@@ -20,7 +20,7 @@ from hvsnap.api_reading import Reading
 from hvsnap.errors import BadRequest, HvsnapError, NotFound
 from hvsnap.model import Event, Progress, State
 from hvsnap.service import views
-from hvsnap.service.requests import DiskRequest, ReinitRequest, RollbackRequest, SnapshotRequest
+from hvsnap.service.requests import DiskRequest, GuestDisks, ReinitRequest, RollbackRequest, SnapshotRequest
 from hvsnap.service.service import Service
 
 SEQUENCE_MAX = 2**63 - 1
@@ -103,6 +103,7 @@ def _snapshots(service: Service) -> APIRouter:
             tags=body.tags,
             consistency=body.consistency,
             group=body.group,
+            others=tuple(GuestDisks(other.guest, tuple(other.disks)) for other in body.others),
             wait=body.wait,
         )
         return await service.snapshots.views(await service.captures.create(request))

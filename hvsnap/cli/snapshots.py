@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pydantic import BaseModel
 
@@ -32,6 +32,7 @@ class Wanted:
     consistency: Consistency
     group: bool
     wait: bool
+    others: list[str] = field(default_factory=list)
 
     def request(self) -> wire.SnapshotCreate:
         """Return it as the daemon takes it; raises :class:`BadRequest`."""
@@ -44,8 +45,25 @@ class Wanted:
             tags=parse_tags(self.tags),
             consistency=self.consistency,
             group=self.group,
+            others=parse_others(self.others),
             wait=self.wait,
         )
+
+
+def parse_others(texts: Sequence[str]) -> list[wire.GuestDisks]:
+    """Return guests given as ``GUEST`` or, once for each disk, ``GUEST/DISK``; raises :class:`BadRequest`."""
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        guest, slash, disk = text.partition("/")
+        if not guest or (slash and not disk):
+            hint = "a further guest is GUEST, or GUEST/DISK for each of its disks: --with app01/vda --with app01/vdb"
+            raise BadRequest(f"--with {text[:100]!a} names no {'disk' if guest else 'guest'}", hint=hint)
+        named = found.get(guest)
+        if named is not None and (not disk or not named):
+            hint = "name some of its disks, or none of them for all that can be captured"
+            raise BadRequest(f"guest {guest[:100]!a} is asked for twice", hint=hint)
+        found[guest] = [*(named or ()), *([disk] if disk else ())]
+    return [body(wire.GuestDisks, guest=guest, disks=disks) for guest, disks in found.items()]
 
 
 def parse_tags(texts: Sequence[str]) -> dict[str, str]:

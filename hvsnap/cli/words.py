@@ -107,6 +107,11 @@ def attached_disks(ctx: typer.Context, incomplete: str) -> Words:
         return []
 
 
+def guests_and_disks(ctx: typer.Context, incomplete: str) -> Words:
+    """Return the guests' names, and their disks as GUEST/TARGET."""
+    return guests(ctx, incomplete) + attached_disks(ctx, incomplete)
+
+
 def images(ctx: typer.Context, incomplete: str) -> Words:
     """Return the images' names and ids."""
     try:

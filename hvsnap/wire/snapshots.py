@@ -67,6 +67,13 @@ class SnapshotList(Answer):
     snapshots: list[Snapshot]
 
 
+class GuestDisks(Request):
+    """Disks of a guest; none named: every eligible one."""
+
+    guest: Name
+    disks: list[Name] = Field(default=[], max_length=256)
+
+
 class SnapshotCreate(Request):
     """Make a snapshot of each of ``disks`` (none named: of every eligible disk of the guest)."""
 
@@ -77,6 +84,9 @@ class SnapshotCreate(Request):
     tags: dict[str, str] = Field(default={}, max_length=1024)
     consistency: Consistency = Consistency.AUTO
     group: bool = Field(default=False, description="all disks at the same instant")
+    others: list[GuestDisks] = Field(
+        default=[], max_length=63, description="further guests, held at the same instant: all disks are one group"
+    )
     wait: bool = Field(default=False, description="queue behind a running capture instead of being refused")
 
 

@@ -11,7 +11,7 @@ import pytest
 from hvsnap import wire
 from hvsnap.errors import ChainFull, NoSpace
 from hvsnap.model import Consistency, Progress, Snapshot, SnapshotId, State
-from hvsnap.service.requests import SnapshotRequest
+from hvsnap.service.requests import GuestDisks, SnapshotRequest
 from tests.api_kit import House, a_house, served
 from tests.catalog_kit import a_block, a_disk, a_snapshot, add_chain
 from tests.service_kit import WEB, a_guest, a_view, known
@@ -152,15 +152,17 @@ async def test_a_snapshot_request_reaches_the_captures_whole(house: House, api: 
         "tags": {"a": "b"},
         "consistency": "app",
         "group": True,
+        "others": [{"guest": "db01"}, {"guest": "app01", "disks": ["vda", "vdb"]}],
         "wait": True,
     }
     answer = await api.post("/v1/snapshots", json=body)
     assert answer.status_code == 202
     (row,) = wire.SnapshotList.model_validate_json(answer.content).snapshots
     assert (row.state, row.progress, row.eta_s) == (State.PROGRESSING, 25, 0.3)
+    others = (GuestDisks("db01"), GuestDisks("app01", ("vda", "vdb")))
     expected = SnapshotRequest(
-        "web01", ("vda",), "before", "ü", {"a": "b"}, Consistency.APP, group=True, wait=True
-    )  # fmt: skip
+        "web01", ("vda",), "before", "ü", {"a": "b"}, Consistency.APP, group=True, others=others, wait=True
+    )
     assert house.captures.requests == [expected]
     cancelled = await api.post(f"/v1/snapshots/{row.id}/cancel")
     assert (cancelled.status_code, cancelled.json()["state"]) == (202, "failed")

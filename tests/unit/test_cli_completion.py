@@ -66,6 +66,8 @@ async def completed(desk: Desk, line: str, **env: str) -> Ran:
         ("hvsnap snapshot-create ", ["web01"]),
         ("hvsnap snapshot-create web01 ", ["vda"]),
         ("hvsnap snapshot-create web01 vda ", []),
+        ("hvsnap snapshot-create db01 --with ", ["web01", "web01/vda"]),
+        ("hvsnap snapshot-create db01 --with web01/", ["web01/vda"]),
         ("hvsnap snapshot-list w", ["web01"]),
         ("hvsnap watch web", ["web01"]),
         ("hvsnap chain-info web01/", ["web01/vda"]),

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from hvsnap import wire
 from hvsnap.cli import render, watching
 from hvsnap.cli.client import body, place
-from hvsnap.cli.snapshots import parse_tags
+from hvsnap.cli.snapshots import parse_others, parse_tags
 from hvsnap.cli.text import one_line, safe
 from hvsnap.errors import BadRequest
 
@@ -94,6 +94,37 @@ def test_a_request_that_cannot_be_is_wrong_usage() -> None:
 
 def test_tags_are_pairs() -> None:
     assert parse_tags(["a=1", "b=x=y", "c="]) == {"a": "1", "b": "x=y", "c": ""}
+
+
+def test_further_guests_are_named_with_or_without_their_disks() -> None:
+    found = parse_others(["web01", "app01/vda", "app01//images/b.qcow2", "0b5a1d7e-0000-4000-8000-000000000001"])
+    assert [(one.guest, one.disks) for one in found] == [
+        ("web01", []),
+        ("app01", ["vda", "/images/b.qcow2"]),
+        ("0b5a1d7e-0000-4000-8000-000000000001", []),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("texts", "why"),
+    [
+        ([""], "names no guest"),
+        (["/vda"], "names no guest"),
+        (["web01/"], "names no disk"),
+        (["web01", "web01"], "asked for twice"),
+        (["web01", "web01/vda"], "asked for twice"),
+        (["web01/vda", "web01"], "asked for twice"),
+    ],
+)
+def test_further_guests_that_are_not_named_clearly_are_wrong_usage(texts: list[str], why: str) -> None:
+    with pytest.raises(BadRequest, match=why) as refused:
+        parse_others(texts)
+    assert refused.value.hint
+
+
+@pytest.mark.parametrize(("ms", "shown"), [(0.0, "none"), (12.301, "at most 12.4 ms"), (0.001, "at most 0.1 ms")])
+def test_a_skew_is_never_shown_smaller_than_it_is(ms: float, shown: str) -> None:
+    assert render.skew(ms).startswith(shown)
 
 
 def test_watch_off_a_terminal_tells_progress_now_and_then(
