@@ -197,13 +197,43 @@ def test_every_step_of_the_journal_is_in_the_protocol() -> None:
 # -- nothing points nowhere -----------------------------------------------------------------------
 
 
+def anchors(path: Path) -> set[str]:
+    """Return what can be linked to in a document, as the usual readers name its headings."""
+    text = re.sub(r"^ *```.*?^ *```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    plain = (re.sub(r"\[([^]]*)\]\([^)]*\)|`", r"\1", heading) for heading in headings)
+    found: set[str] = set()
+    for name in (re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in plain):
+        again = sum(re.fullmatch(rf"{re.escape(name)}(-\d+)?", known) is not None for known in found)
+        found.add(f"{name}-{again}" if again else name)
+    return found
+
+
 def test_links_between_documents_lead_somewhere() -> None:
-    broken = []
+    broken, links = [], 0
     for path in documents():
-        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):
-            if not target.startswith(("http://", "https://")) and not (path.parent / target).exists():
+        text = re.sub(r"^ *```.*?^ *```$|`[^`\n]*`", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            name, _, anchor = target.partition("#")
+            if target.startswith(("http://", "https://")):
+                continue
+            links += 1
+            there = path.parent / name if name else path
+            if not there.exists() or (anchor and anchor not in anchors(there)):
                 broken.append(f"{path.relative_to(ROOT)}: {target}")
     assert broken == []
+    assert links > 100
+
+
+def test_what_documents_quote_as_a_chapter_is_one() -> None:
+    """``[capture.md](capture.md), "Sparing the guest"``."""
+    wrong = []
+    for path in documents():
+        for name, chapter in re.findall(r"\]\(([\w./-]+\.md)\)[,:] \"([^\"\n]+)\"", path.read_text()):
+            headings = re.findall(r"^#+ (.*)$", (path.parent / name).read_text(), re.MULTILINE)
+            if chapter not in headings:
+                wrong.append(f"{path.relative_to(ROOT)}: {name}: {chapter}")
+    assert wrong == []
 
 
 def test_documents_that_the_code_names_exist() -> None:
