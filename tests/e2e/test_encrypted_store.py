@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from hvsnap import rebuilding
+from hvsnap.config import load
+from hvsnap.errors import Refused
 from tests.daemon_kit import Daemon
 from tests.e2e.test_command_line import CommandLine, raw, write
 from tests.e2e.test_rebuild import lose_catalog
@@ -87,7 +90,36 @@ def test_an_encrypted_store_from_its_creation_to_its_rebuild(
     assert json.loads(hvsnap.ok("snapshot-info", third, "--json"))["method"] == "rescan"
     hvsnap.ok("disk-create", third, "third.raw", "--format", "raw")
     assert (workdir / "third.raw").read_bytes() == raw(disk, workdir / "raw")
+    check_reading_host(workdir, store, {None: "no key", old: "not the store's"}, new, states)
     assert hvsnap.end_daemon() == 0
+
+
+def check_reading_host(
+    workdir: Path, store: Path, wrong: dict[Path | None, str], key: Path, states: dict[str, bytes]
+) -> None:
+    """Another host reads the store, while its writer's daemon runs, with the key alone."""
+    directory = workdir / "b"
+    (directory / "state").mkdir(parents=True)
+
+    def reader(key: Path | None) -> Daemon:
+        tables = {} if key is None else {"store.encryption": f'key_file = "{key}"'}
+        return Daemon(directory, "", store=f'url = "file://{store}"\nread_only = true', **tables)
+
+    for no, why in wrong.items():
+        with pytest.raises(Refused, match=why) as refused:
+            rebuilding.rebuild(load(reader(no).config), force=False)
+        assert "key" in refused.value.hint
+        assert not (directory / "state" / "catalog.db").exists()
+    daemon = reader(key)
+    assert rebuilding.rebuild(load(daemon.config), force=False).damaged == []
+    daemon.start()
+    for snapshot, content in states.items():
+        assert daemon.restored(snapshot, directory) == content
+    assert daemon.stop() == 0
+    for no, why in wrong.items():
+        daemon = reader(no).start(wait=False)
+        assert daemon.wait_dead() == 4
+        assert why in daemon.log.read_text()
 
 
 def test_a_plain_store_stays_plain(
