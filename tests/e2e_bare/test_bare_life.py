@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,8 +15,10 @@ import pytest
 from tests.e2e.oracle import check_same
 from tests.e2e.scenarios import write
 from tests.e2e_bare.conftest import MakeRig
-from tests.e2e_bare.rig import BareRig, a_disk, guests
+from tests.e2e_bare.rig import QUICK, BareRig, a_disk, guests
+from tests.guest.bare import BareDisk
 from tests.guest.libvirtd import wait_for
+from tests.strace import injected
 
 MIB = 1 << 20
 NOBODY = 65534
@@ -176,6 +179,76 @@ def test_a_qemu_started_in_an_offline_capture_is_refused_and_the_snapshot_is_rig
     rig.do(rig.disks[0], write(MIB, MIB, 7))
     rig.capture(rig.disks)
     rig.check_snapshots(rig.disks[0])
+
+
+# -- devices that cannot be read, or are slow ------------------------------------------------------
+
+
+@contextlib.contextmanager
+def bad_device(workdir: Path) -> Iterator[tuple[Path, Path]]:
+    """A file that cannot be read while another one is there; gives both."""
+    backing, place, bad = workdir / "backing", workdir / "fuse", workdir / "bad"
+    backing.write_bytes(bytes(8 * MIB))
+    place.mkdir()
+    source = ["nbdkit", "-s", "--filter=error", "file", str(backing), "error-pread=EIO", "error-pread-rate=100%"]
+    command = ["nbdfuse", str(place / "vda.raw"), "--command", *source, f"error-file={bad}"]
+    serving = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        wait_for((place / "vda.raw").exists, "the device")
+        yield place / "vda.raw", bad
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+        serving.wait(20)
+
+
+@pytest.mark.parametrize("mode", ["fleece", "redirect"])
+def test_an_unreadable_sector_fails_the_snapshot_of_a_bare_guest(make_rig: MakeRig, workdir: Path, mode: str) -> None:
+    """FAULTS 8: never zeroes in its place; once it can be read, nothing is missed, and the guest was not disturbed."""
+    with bad_device(workdir) as (path, bad):
+        capture = f'overlay_dir = "{workdir}"\n{QUICK}'
+        rig = make_rig([BareDisk(path, "raw")], mode, capture)
+        disk = rig.disks[0]
+        rig.do(disk, write(0, 3 * MIB, 6))
+        rig.capture(rig.disks)
+        rig.do(disk, write(MIB, 3 * MIB, 7))
+        rig.flush(disk)
+        bad.touch()
+        ended = rig.failed(rig.daemon.begin(rig.guest.name))
+        assert "read" in ended.error
+        rig.do(disk, write(5 * MIB, MIB, 8))
+        bad.unlink()
+        assert rig.qmp("query-status")["status"] == "running"
+        rig.check_on_images()
+        rig.check_disk(disk, "after a capture that could not read it")
+        rig.capture(rig.disks)
+        rig.check_snapshots(disk)
+        rig.guest.quit()
+
+
+SLOW_S = 0.05
+
+
+@pytest.mark.parametrize("mode", ["fleece", "redirect"])
+def test_a_slow_device_of_overlays_and_scratch_images_costs_time_alone(
+    make_rig: MakeRig, workdir: Path, mode: str
+) -> None:
+    """FAULTS 9: every write of QEMU takes its time; the guest's succeed, and the snapshot is right."""
+    rig = make_rig([a_disk(workdir)], mode)
+    disk = rig.disks[0]
+    rig.do(disk, write(0, 2 * MIB, 6))
+
+    def write_slowly() -> None:
+        start = time.monotonic()
+        for number in range(4):
+            rig.do(disk, write(number * MIB, MIB // 2, 7 + number))  # raises if the guest's device saw an error
+        assert time.monotonic() - start > SLOW_S
+
+    slow = f"pwrite64,pwritev,pwritev2,fdatasync:delay_enter={int(SLOW_S * 1e6)}"
+    with injected(rig.guest.pid, slow):
+        rig.capture(rig.disks, write_slowly)
+    rig.check_disk(disk, "after writes that took long")
+    rig.capture(rig.disks)
+    rig.check_snapshots(disk)
 
 
 # -- a scratch image that finds no space ----------------------------------------------------------

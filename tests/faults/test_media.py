@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from tests.faults.crash_rig import EVERY, MIB, CrashRig, Rigs, chosen, some
 from tests.faults.killing_daemon import Order
 from tests.guest.image import GuestImage
 from tests.guest.libvirtd import Libvirtd, wait_for
+from tests.strace import injected
 
 pytestmark = pytest.mark.timeout(0 if EVERY else 300)
 SEED = int(os.environ.get("E2E_SEED", "20260714"))
@@ -96,28 +96,6 @@ def test_killed_in_a_system_call(rigs: Rigs, nth: int) -> None:
         rig.restart()
         rig.stop_writing()
         rig.check([one for one in rig.snapshots() if one not in known])
-
-
-@contextlib.contextmanager
-def injected(pid: int, what: str) -> Iterator[None]:
-    """Have strace inject something into the system calls of a process, which goes on without it afterwards."""
-    argv = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"inject={what}", "-p", str(pid)]
-    tracer = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        wait_for(lambda: traced(pid), "strace")
-        yield
-    finally:
-        tracer.send_signal(signal.SIGINT)
-        try:
-            tracer.wait(10)
-        except subprocess.TimeoutExpired:  # it may hang over a tracee that was killed, which nobody can reap then
-            tracer.kill()
-            tracer.wait()
-
-
-def traced(pid: int) -> bool:
-    with open(f"/proc/{pid}/status") as status:
-        return any(line.startswith("TracerPid:") and int(line.split()[1]) != 0 for line in status)
 
 
 # -- the source -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -75,6 +76,20 @@ def test_however_often_it_is_looked_at_each_instant_comes_once(cuts: list[int], 
     moments = [start, *(start + cut * 60 for cut in sorted(cuts)), start + 400 * DAY_S]
     pieces = [due for a, b in itertools.pairwise(moments) for due in policy.due_times(one, a, b)]
     assert pieces == policy.due_times(one, moments[0], moments[-1])
+
+
+@pytest.mark.parametrize("zone", ["Pacific/Kiritimati", "America/New_York"])
+def test_the_hosts_time_zone_changes_nothing(zone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Policies have a zone of their own, which is that of the host only when nobody named one."""
+    one, start, end = a_policy(hours=(0, 2, 12)), at("2026-03-25 00:00"), at("2026-11-05 00:00")
+    before = policy.due_times(one, start, end), policy.automatic_name(one, start, [])
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", zone)
+        time.tzset()
+        after = policy.due_times(one, start, end), policy.automatic_name(one, start, [])
+        assert time.localtime(start).tm_gmtoff != datetime.fromtimestamp(start, BERLIN).utcoffset()
+    time.tzset()
+    assert after == before
 
 
 def test_a_run_less_than_an_hour_late_is_caught_up_and_others_are_missed() -> None:
