@@ -55,7 +55,7 @@ def rollback(rounds: int, mib: int) -> dict[str, Any]:
     run.rounds(rounds)
     print(f"\n{'rolling back':<46} {'median':>7} {'at most':>8}")
     for name, value in run.summary().items():
-        limit = {"written / blocks that differ": WRITTEN_MAX, "rollback / whole restore": TIME_MAX}.get(
+        limit = {"written or zeroed / blocks that differ": WRITTEN_MAX, "rollback / whole restore": TIME_MAX}.get(
             name.partition(": ")[2], 0.0
         )
         verdict = "" if not limit else f"{limit:8.2f}  {'ok' if value <= limit else 'MISSED'}"

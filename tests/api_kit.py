@@ -118,8 +118,15 @@ class FakeRoller:
         return self._plan(snapshot_id)
 
     async def run(
-        self, disk_id: DiskId, snapshot_id: SnapshotId, report: Report, *, origin: bool = False
+        self,
+        disk_id: DiskId,
+        snapshot_id: SnapshotId,
+        report: Report,
+        *,
+        origin: bool = False,
+        begins: Callable[[], None] = lambda: None,
     ) -> RollbackPlan:
+        begins()
         self.log.append(f"{'re-initialise' if origin else 'roll back'} {disk_id}")
         await self.go_on.wait()
         if self.error is not None:

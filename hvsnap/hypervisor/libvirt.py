@@ -7,7 +7,6 @@ such a guest as tainted (``custom-monitor``), which is harmless.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import math
@@ -23,6 +22,7 @@ from hvsnap.errors import AgentMissing, AgentUnavailable, GuestUnknown, Hypervis
 from hvsnap.hypervisor import disk_encryption, domain_xml, qemu_nodes
 from hvsnap.hypervisor.libvirt_connection import LibvirtConnection, Lifecycle
 from hvsnap.hypervisor.libvirt_traits import traits
+from hvsnap.hypervisor.shutting_down import Ways, shut_down
 from hvsnap.instant import Span
 from hvsnap.model import Bitmap, DiskActivity, GuestState, GuestUuid, GuestView, Layer, Traits
 from hvsnap.ports import Census, Fleecer, JobView
@@ -30,7 +30,7 @@ from hvsnap.secret import Passphrase
 
 T = TypeVar("T")
 
-SHUTDOWN_POLL_S = 0.2
+AGENT_ANSWER_S = 5.0
 
 _SNAPSHOT_FLAGS = (
     libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
@@ -344,17 +344,31 @@ class LibvirtHypervisor:
 
     async def shutdown(self, uuid: GuestUuid, timeout_s: float) -> None:
         """Shut a guest down gracefully; raises :class:`HypervisorFailed` if it is still there at the deadline."""
+        name = await self._on(uuid, lambda domain: str(domain.name()))
 
-        def ask(domain: Any) -> None:
-            if domain.isActive():
-                domain.shutdown()
+        def ask(domain: Any, flags: int) -> None:
+            try:
+                domain.shutdownFlags(flags)
+            except libvirt.libvirtError:
+                if domain.isActive():  # else it was off before it could be asked
+                    raise
 
-        await self._on(uuid, ask)
-        deadline = time.monotonic() + timeout_s
-        while await self._on(uuid, lambda domain: bool(domain.isActive())):
-            if time.monotonic() > deadline:
-                raise HypervisorFailed(
-                    f"the guest did not shut down within {timeout_s:.0f} s",
-                    hint="shut it down from inside, or with `virsh destroy` if its state may be lost",
-                )
-            await asyncio.sleep(SHUTDOWN_POLL_S)
+        def ask_agent(domain: Any) -> None:
+            if not domain_xml.agent_connected(domain_xml.parse(domain.XMLDesc(0))):
+                raise AgentUnavailable("none is running in it")
+            domain.agentSetResponseTimeout(math.ceil(AGENT_ANSWER_S), 0)
+            ask(domain, libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT)
+
+        async def agent() -> None:
+            try:
+                await self._on(uuid, ask_agent)
+            except HypervisorFailed as error:
+                raise AgentUnavailable(error.message) from error
+
+        ways = Ways(
+            is_active=lambda: self._on(uuid, lambda domain: bool(domain.isActive())),
+            agent=agent,
+            button=lambda: self._on(uuid, lambda domain: ask(domain, libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN)),
+            force=f"`virsh destroy {name}`",
+        )
+        await shut_down(name, ways, timeout_s)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +29,7 @@ from hvsnap.hypervisor.qmp_fleece import QmpFleecer
 from hvsnap.hypervisor.qmp_look import QmpLook
 from hvsnap.hypervisor.qmp_memory import Seen, disks_while_off, identity, with_layers
 from hvsnap.hypervisor.qmp_redirect import QmpRedirect
+from hvsnap.hypervisor.shutting_down import Ways, shut_down
 from hvsnap.instant import Span
 from hvsnap.model import Bitmap, DiskActivity, DiskView, GuestState, GuestUuid, GuestView, Layer, Traits
 from hvsnap.ports import Census, Fleecer, GuestMemory, JobView
@@ -37,7 +37,6 @@ from hvsnap.secret import Passphrase
 
 log = logging.getLogger(__name__)
 
-SHUTDOWN_POLL_S = 0.2
 ASK_S = 10.0
 
 
@@ -302,25 +301,22 @@ class QmpHypervisor:
 
     async def shutdown(self, uuid: GuestUuid, timeout_s: float) -> None:
         """Shut the guest down gracefully; raises :class:`HypervisorFailed` if it is still there at the deadline."""
-        deadline = time.monotonic() + timeout_s
-        if not (await self._view()).active:
-            return
-        await self._ask_to_shut_down()
-        while (await self._view()).active:
-            if time.monotonic() > deadline:
-                raise HypervisorFailed(
-                    f"the guest did not shut down within {timeout_s:.0f} s, or its QEMU stays after that",
-                    hint="shut it down from inside, and end its QEMU (`quit` in its monitor)",
-                )
-            await asyncio.sleep(SHUTDOWN_POLL_S)
+        agent = self._agent
 
-    async def _ask_to_shut_down(self) -> None:
-        """Ask the agent; where there is none, or it does not answer, press the power button."""
-        if self._agent is not None:
+        async def ask_agent() -> None:
+            if agent is None:
+                raise AgentUnavailable("none is configured")
+            await agent.shut_down(ASK_S)
+
+        async def press() -> None:
             try:
-                await self._agent.shut_down(ASK_S)
-            except AgentUnavailable:
-                pass
-            else:
-                return
-        await self._connection.execute("system_powerdown")
+                await self._connection.execute("system_powerdown")
+            except (HypervisorFailed, HypervisorUnreachable):
+                if await is_active():  # else it was off before it could be asked
+                    raise
+
+        async def is_active() -> bool:
+            return (await self._view()).active
+
+        force = "end its QEMU (`quit` in its monitor), which some launchers keep after their guest,"
+        await shut_down(self.name, Ways(is_active, ask_agent, press, force), timeout_s)

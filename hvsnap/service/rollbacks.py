@@ -10,7 +10,7 @@ from hvsnap import wire
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import CaptureRunning, ChainFull, Failed, GuestRunning, HvsnapError, Refused
 from hvsnap.happenings import EventType, disk_payload
-from hvsnap.model import Disk, DiskId, Progress, Snapshot, SnapshotId, State
+from hvsnap.model import Disk, DiskId, GuestState, GuestView, Progress, Snapshot, SnapshotId, State
 from hvsnap.ports import Hypervisor
 from hvsnap.restore import rollback
 from hvsnap.restore.rollback import RollbackPlan
@@ -91,6 +91,16 @@ def safety_name(snapshot: Snapshot, origin: str = "") -> str:
     """Return the name of the snapshot that is made before a rollback, or before a disk goes back to its origin."""
     name = f"before re-initialising to {origin}" if origin else f"before rollback to {snapshot.name}"
     return name[:NAME_LENGTH_MAX].rstrip()
+
+
+def check_can_stop(guest: GuestView) -> None:
+    """Refuse a guest that cannot be shut down, or that would be no more then."""
+    if guest.state is GuestState.PAUSED:
+        hint = f"let it go on (`virsh resume {guest.name}`), or end it with `virsh destroy {guest.name}`"
+        raise Refused(f"guest {guest.name} is paused, and does not notice that it is to shut down", hint=hint)
+    if not guest.persistent:
+        hint = "define it first (`virsh dumpxml`, `virsh define`): a transient guest is gone once it is off"
+        raise Refused(f"guest {guest.name} has no definition that outlives its shutdown", hint=hint)
 
 
 class Rollbacks:
@@ -176,6 +186,8 @@ class Rollbacks:
         """Refuse a disk that is in use, or whose chain has no room for the safety snapshot."""
         if found.guest.active and not request.stop:
             raise GuestRunning(f"guest {found.guest.name} is {found.guest.state}")
+        if found.guest.active:
+            check_can_stop(found.guest)
         rollback.check_not_saved(found.guest)
         self._uses.check_disk(disk.id)
         if disk.id in self._captures.busy_disks():

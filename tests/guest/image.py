@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
-MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "virtio_scsi", "sd_mod")
+MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "virtio_scsi", "sd_mod", "button", "evdev")
 LZ4_MAGIC = b"\x02\x21\x4c\x18"
 
 CMDLINE = "console=ttyS0 quiet panic=-1 cryptomgr.notests tsc=reliable no_timer_check mitigations=off noreplace-smp"
@@ -35,6 +35,7 @@ link_ports() {
 }
 until [ -e /dev/virtio-ports/hvsnap.command ]; do link_ports; usleep 20000; done
 link_ports
+acpid -f -l /dev/null &
 [ -e /dev/virtio-ports/org.qemu.guest_agent.0 ] && \\
     qemu-ga -d -m virtio-serial -p /dev/virtio-ports/org.qemu.guest_agent.0 -f /run/ga.pid -t /run
 while :; do
@@ -42,6 +43,9 @@ while :; do
     usleep 100000
 done
 """
+
+POWER_BUTTON = "etc/acpi/PWRF/00000080"
+"""What busybox's acpid runs when the power button is pressed."""
 
 SHUTDOWN = """#!/bin/sh
 sync; umount -a -r 2>/dev/null
@@ -124,6 +128,8 @@ def _build(work: Path, made: Path, package: str) -> None:
     _script(root / "init", INIT)
     (root / "sbin/shutdown").unlink(missing_ok=True)
     _script(root / "sbin/shutdown", SHUTDOWN)
+    (root / POWER_BUTTON).parent.mkdir(parents=True)
+    _script(root / POWER_BUTTON, "#!/bin/sh\nexec /sbin/shutdown\n")
     names = _output("find", str(root), "-mindepth", "1", "-printf", "%P\\n")
     with (made / "initramfs.cpio").open("wb") as out:
         subprocess.run(
