@@ -9,7 +9,7 @@ import json
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import numpy as np
@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 
 from hvsnap.catalog import chain, ranges
 from hvsnap.errors import CatalogFailed, Damaged, FormatUnknown
-from hvsnap.model import BlockPlace
-from hvsnap.store import keyring
+from hvsnap.model import BlockPlace, Image, ImageId, Origin
+from hvsnap.policy import Keep, Policy, PolicyId
+from hvsnap.store import image, keyring
 from hvsnap.store import pack as packs
+from hvsnap.store import settings as settings_objects
 from hvsnap.store.codec import Codec
 from hvsnap.store.identity import ManifestHead, ManifestName, decode_document, encode_document
 from hvsnap.store.keyring import StoreKey, unwrap, wrap
@@ -29,6 +31,7 @@ from hvsnap.store.lease import TTL_S, TTL_S_MAX, Term
 from hvsnap.store.manifest import ManifestDecoder, ManifestEncoder, ManifestPage
 from hvsnap.store.pack import FLAG_ZSTD, FOOTER_BYTES, HEADER_BYTES, PackId
 from hvsnap.store.repository import Repository, encode_config, parse_config, sealed_id
+from hvsnap.store.settings import DiskSettings, HostSettings
 from tests.catalog_kit import a_disk, a_page, a_snapshot
 from tests.store_kit import BLOCK
 
@@ -115,6 +118,23 @@ def range_blob() -> bytes:
     return ranges.encode(7, entries)
 
 
+IMAGE = Image(ImageId("i-1"), "debian", "a template", HEAD.snapshot.id, 12.5)
+SETTINGS = HostSettings(
+    (Policy(PolicyId("p-1"), "Daily", (3, 15), (0, 4), "UTC", 30, Keep(last=3), 12.5),),
+    (DiskSettings(DISK.id, PolicyId("p-1"), True),),
+    (Origin("/images/b.qcow2", 4711, "i-1", 14.5),),
+)
+IMAGE_NAME, SETTINGS_NAME = image.object_name(IMAGE.id), "settings/00000001"
+
+
+def read_image(repository: Repository, data: bytes) -> object:
+    return image.decode(data, IMAGE_NAME, repository)
+
+
+def read_settings(repository: Repository, data: bytes) -> object:
+    return settings_objects.decode(data, SETTINGS_NAME, repository)
+
+
 INDEXES = np.array([3, 4095], np.uint16)
 LIVE = ranges.encode_live(np.array([1, 7, 511], np.uint16))
 
@@ -144,12 +164,24 @@ def formats() -> dict[str, Format]:
         "range of blocks": Format(range_blob(), lambda data: ranges.decode(7, LIVE, data).tobytes()),
         "live blocks": Format(LIVE, lambda data: ranges.decode_live(data).tobytes()),
     }
-    for name, repository in (("block", REPOSITORY), ("sealed block", SEALED)):
+    for sealed, repository in (("", REPOSITORY), ("sealed ", SEALED)):
         data, place = block_of(repository)
         read = partial(read_block, repository, place)
         # In plain, a bit of zstd's own header that means nothing may differ: the content's digest is what counts.
-        made[name] = Format(data, read, exact=repository.sealed)
+        made[f"{sealed}block"] = Format(data, read, exact=repository.sealed)
+        made[f"{sealed}image"] = Format(image.encode(IMAGE, repository), partial(read_image, repository), exact=False)
+        settings_data = settings_objects.encode(SETTINGS, SETTINGS_NAME, repository)
+        made[f"{sealed}settings"] = Format(settings_data, partial(read_settings, repository), exact=False)
     return made
+
+
+def _settings_text(data: bytes) -> object:
+    """Read settings whose check is right, whatever they say."""
+    values = json.loads(settings_objects.encode(SETTINGS, SETTINGS_NAME, REPOSITORY))
+    del values["check"]
+    values["settings"] = data.decode(errors="replace")
+    values["check"] = settings_objects._check(values, REPOSITORY)
+    return read_settings(REPOSITORY, json.dumps(values).encode())
 
 
 def _page(page: chain.Page) -> object:
@@ -160,6 +192,7 @@ FORMATS = formats()
 UNCHECKED: dict[str, Callable[[bytes], object]] = {
     "document": read_document,
     "manifest's name": read_name,
+    "what settings say": _settings_text,
     "pack's name": lambda data: packs.pack_id_of(data.decode(errors="replace"), b"r" * 16, BLOCK),
 }
 
@@ -220,11 +253,16 @@ json_values = st.recursive(
 )
 JSON_GOOD = {
     "document": encode_document(HEAD),
+    "what settings say": json.dumps(asdict(SETTINGS)).encode(),
     "configuration": encode_config(REPOSITORY),
     "sealed configuration": encode_config(SEALED),
     "key": wrap(bytes(32), b"r" * 16, RAW),
     "lease": TERM.encode(),
+    "image": image.encode(IMAGE, REPOSITORY),
+    "sealed image": image.encode(IMAGE, SEALED),
+    "settings": settings_objects.encode(SETTINGS, SETTINGS_NAME, REPOSITORY),
 }
+"""Of images and settings the check is made right with the repository's own key."""
 
 
 @pytest.mark.parametrize("name", JSON_GOOD)
@@ -236,14 +274,18 @@ def test_any_json_in_place_of_any_value(name: str, value: object, data: st.DataO
     document = json.loads(JSON_GOOD[name])
     place = document
     key = data.draw(st.sampled_from(sorted(place)))
-    while isinstance(place[key], dict) and place[key] and data.draw(st.booleans()):
+    while isinstance(place[key], dict | list) and place[key] and data.draw(st.booleans()):
         place = place[key]
-        key = data.draw(st.sampled_from(sorted(place)))
+        key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
     place[key] = value
     if name in ("key", "lease"):
         document.pop("check", None)
         with suppress(TypeError, ValueError):
             document["check"] = keyring.blake3(keyring._text(document)).hexdigest()
+    for kind, check_of in (("image", image._check), ("settings", settings_objects._check)):
+        if name.endswith(kind):
+            document.pop("check", None)
+            document["check"] = check_of(document, SEALED if name.startswith("sealed") else REPOSITORY)
     with suppress(*REFUSED), bounded():
         read(json.dumps(document).encode())
 
