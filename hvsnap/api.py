@@ -114,7 +114,9 @@ def _snapshots(service: Service) -> APIRouter:
 
     @router.post("/snapshots/{id}/edit")
     async def edit_snapshot(id: Id, body: wire.SnapshotEdit) -> wire.Snapshot:
-        return await service.snapshots.edit(id, name=body.name, description=body.description, tags=body.tags)
+        return await service.snapshots.edit(
+            id, name=body.name, description=body.description, tags=body.tags, usual=body.usual
+        )
 
     @router.post("/snapshots/{id}/lock")
     async def lock_snapshot(id: Id, body: wire.SnapshotLock) -> wire.Snapshot:

@@ -156,6 +156,17 @@ class Capture(_Table):
     rate_max_bytes_s: Annotated[int, AfterValidator(_rate)] = Field(default=0, ge=0)
 
 
+class Alarms(_Table):
+    """When what has changed from one snapshot to the next is unusual (:class:`hvsnap.capture.unusual.Rules`)."""
+
+    enabled: bool = True
+    min_bytes: int = Field(default=512 * MIB, ge=1)
+    history_min: int = Field(default=8, ge=2, le=400)
+    rate_factor: float = Field(default=4.0, ge=1.0, le=1000.0, strict=False)
+    stored_share: float = Field(default=0.85, ge=0.2, le=1.0, strict=False)
+    hold_days: float = Field(default=14.0, ge=0.0, le=3650.0, strict=False)
+
+
 class S3(_Table):
     """An S3 endpoint. Without keys here, the usual AWS_* variables and instance roles are asked."""
 
@@ -266,6 +277,7 @@ class Settings(_Table):
     api: Api = Api()
     hypervisor: Hypervisor = Hypervisor()
     capture: Capture = Capture()
+    alarms: Alarms = Alarms()
     store: Store = Store()
     limits: Limits = Limits()
     policies: Policies = Policies()

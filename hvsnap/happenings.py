@@ -20,6 +20,8 @@ class EventType(StrEnum):
     SNAPSHOT_DELETED = "snapshot.deleted"
     SNAPSHOT_EXPIRED = "snapshot.expired"
     SNAPSHOT_EVICTED = "snapshot.evicted"
+    SNAPSHOT_UNUSUAL = "snapshot.unusual"
+    SNAPSHOT_ACKNOWLEDGED = "snapshot.acknowledged"
     POLICY_RUN = "policy.run"
     POLICY_MISSED = "policy.missed"
     POLICY_FAILED = "policy.failed"

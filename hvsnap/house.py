@@ -13,6 +13,7 @@ from pwd import getpwnam
 
 from hvsnap import wire
 from hvsnap.capture.space import SpaceLimits
+from hvsnap.capture.unusual import Rules
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.config import Settings
 from hvsnap.errors import Failed
@@ -308,6 +309,7 @@ def _capture_settings(settings: Settings, private: str) -> CaptureSettings:
         space=SpaceLimits(capture.space_reserve_bytes, capture.overlay_limit_bytes),
         impact_budget_pct=capture.impact_budget_pct,
         rate_max_bytes_s=capture.rate_max_bytes_s,
+        alarms=Rules(**settings.alarms.model_dump()),
     )
 
 

@@ -18,6 +18,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from hvsnap import __version__, wire
+from hvsnap.alarm import Level
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.catalog.figures import DiskFigures, Figures
 from hvsnap.config import Settings
@@ -38,6 +39,8 @@ DURATIONS_S = (1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400)
 DISK = ("guest", "target", "disk")
 KINDS = ("capture", "rollback", "disk-create", "freeze")
 """Kinds of open operations that are always told, so that none of them is 0 and not unknown."""
+
+ALARMS: dict[str | None, int] = {None: 0, Level.WARNING: 1, Level.SEVERE: 2}
 
 Message = MutableMapping[str, Any]
 
@@ -136,6 +139,7 @@ class _Counts(Collector):
     def __init__(self) -> None:
         self._accomplished = _counter("hvsnap_snapshots_accomplished", "Snapshots accomplished", "kind")
         self._failures = _counter("hvsnap_snapshot_failures", "Snapshots failed")
+        self._unusual = _counter("hvsnap_unusual_snapshots", "Alarms about what has changed, by level", "level")
         self._deleted = _counter("hvsnap_snapshots_deleted", "Snapshots deleted, by whom", "why")
         self._read = _counter("hvsnap_capture_read_bytes", "Bytes read from disks by accomplished snapshots")
         self._stored = _counter("hvsnap_capture_stored_bytes", "Bytes that the store grew by with them")
@@ -150,6 +154,8 @@ class _Counts(Collector):
         )
         for kind in ("full", "incremental"):
             self._accomplished.labels(kind)
+        for level in Level:
+            self._unusual.labels(level)
         for why in ("deleted", "expired", "evicted"):
             self._deleted.labels(why)
         for outcome in ("finished", "failed"):
@@ -173,6 +179,8 @@ class _Counts(Collector):
                 began = self._began.pop(str(about.get("snapshot")), None)
                 if began is not None:
                     self._duration.observe(max(0.0, event.at - began))
+            case EventType.SNAPSHOT_UNUSUAL:
+                self._unusual.labels(str(about.get("level"))).inc()
             case EventType.SNAPSHOT_FAILED:
                 self._failures.inc()
                 self._began.pop(str(about.get("snapshot")), None)
@@ -187,7 +195,7 @@ class _Counts(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield them."""
-        counters = (self._accomplished, self._failures, self._deleted, self._read, self._stored)
+        counters = (self._accomplished, self._failures, self._unusual, self._deleted, self._read, self._stored)
         for one in (*counters, self._rollbacks, self._policy, self._verification, self._duration):
             yield from one.collect()
 
@@ -243,6 +251,11 @@ def _disks(disks: list[DiskFigures]) -> Iterator[Metric]:
             lambda one: one.last_at or 0,
         ),
         ("hvsnap_last_snapshot_failed", "Whether the newest snapshot that ended failed", lambda one: one.failed),
+        (
+            "hvsnap_disk_unusual",
+            "Whether a snapshot of it is unusual, and nobody has acknowledged that: 1 by one sign, 2 by both",
+            lambda one: ALARMS[one.alarm],
+        ),
         ("hvsnap_disk_size_bytes", "Size of the disk", lambda one: one.size_bytes),
         ("hvsnap_disk_has_policy", "Whether a policy makes snapshots of it", lambda one: one.policy is not None),
     )

@@ -14,11 +14,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from hvsnap.capture.alarms import Alarms
 from hvsnap.capture.facts import CapturedDisk, Step
 from hvsnap.capture.giveback import give_back
 from hvsnap.capture.pipeline import Pipeline, StagedPage, Totals
 from hvsnap.capture.plan import Decision, Selection
 from hvsnap.capture.reader import DiskMap, Pace, scan
+from hvsnap.capture.unusual import Rules
 from hvsnap.catalog import chain
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.catalog.chain import IndexArray, Page
@@ -109,6 +111,7 @@ class Recorder:
         clock: Clock,
         run_dir: str,
         report: Callable[[Progress], None],
+        rules: Rules | None = None,
     ) -> None:
         self._catalog = catalog
         self._store = store
@@ -116,6 +119,7 @@ class Recorder:
         self._clock = clock
         self._run_dir = run_dir
         self._report = report
+        self._alarms = Alarms(catalog, rules or Rules())
 
     async def record(self, plan: DiskPlan) -> tuple[DiskPlan, Totals]:
         """Read one frozen disk; the plan comes back with what was really done (a bitmap may turn out unreadable)."""
@@ -157,9 +161,9 @@ class Recorder:
             snapshot = self._finished(one)
             head = ManifestHead(snapshot, one.plan.disk, self._store.block_size, one.guest)
             await self._store.manifests.put(head, self._manifest_pages(snapshot))
-            finished.append((one.plan, snapshot))
+            finished.append((one.plan, snapshot, one.totals.data_blocks * self._store.block_size))
         async with self._catalog.write() as tx:
-            for plan, snapshot in finished:
+            for plan, snapshot, data_bytes in finished:
                 await tx.update_snapshot(
                     snapshot.id,
                     state=snapshot.state,
@@ -179,6 +183,7 @@ class Recorder:
                 )
                 await tx.clear_carry(plan.disk.id)
                 await tx.emit(EventType.SNAPSHOT_ACCOMPLISHED, snapshot_payload(plan.disk, snapshot))
+                await self._alarms.look(tx, plan.disk, snapshot, data_bytes)
             for operation in operations:
                 await tx.step(operation, Step.SETTLING)
 

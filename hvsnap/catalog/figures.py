@@ -12,7 +12,8 @@ from hvsnap.model import DiskId
 class DiskFigures:
     """One disk. ``last_at`` is when its newest accomplished snapshot was taken (s since the epoch), None without one.
 
-    ``failed``: the newest snapshot that has ended failed.
+    ``failed``: the newest snapshot that has ended failed. ``alarm``: the worst level of those that nobody has
+    acknowledged.
     """
 
     disk: DiskId
@@ -23,6 +24,7 @@ class DiskFigures:
     snapshots: int
     last_at: float | None
     failed: bool
+    alarm: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,8 @@ SELECT d.id, d.guest_name, d.target, d.size_bytes, p.name,
        count(s.id) FILTER (WHERE s.state = 'accomplished'),
        max(s.created_at) FILTER (WHERE s.state = 'accomplished'),
        coalesce(max(s.sequence) FILTER (WHERE s.state = 'failed'), -1)
-           > coalesce(max(s.sequence) FILTER (WHERE s.state = 'accomplished'), -1)
+           > coalesce(max(s.sequence) FILTER (WHERE s.state = 'accomplished'), -1),
+       min(s.alarm ->> 'level') FILTER (WHERE s.alarm ->> 'acknowledged_at' IS NULL)  -- severe < warning
 FROM disks d LEFT JOIN snapshots s ON s.disk = d.id LEFT JOIN policies p ON p.id = d.policy
 WHERE NOT d.released GROUP BY d.id ORDER BY d.guest_name, d.target, d.id
 """
@@ -67,8 +70,8 @@ FROM packs
 async def read(database: Database) -> Figures:
     """Return the figures as of now; a few rows of each disk and one pass over the packs, no block and no page."""
     disks = [
-        DiskFigures(DiskId(disk), guest, target, size, policy, snapshots, last_at, bool(failed))
-        for disk, guest, target, size, policy, snapshots, last_at, failed in await database.read(_DISKS)
+        DiskFigures(DiskId(disk), guest, target, size, policy, snapshots, last_at, bool(failed), alarm)
+        for disk, guest, target, size, policy, snapshots, last_at, failed, alarm in await database.read(_DISKS)
     ]
     (store,) = await database.read(_STORE)
     kinds = await database.read("SELECT kind, count(*) FROM operations GROUP BY kind")

@@ -33,7 +33,7 @@ LINE_INTERVAL_S = 5.0
 ROWS_MAX = 12
 """Of each table, so that all of them fit; the rest is counted."""
 
-_COLOURS = {Health.OK: "green", Health.FAILED: "red", Health.UNPROTECTED: "yellow"}
+_COLOURS = {Health.OK: "green", Health.FAILED: "red", Health.UNPROTECTED: "yellow", Health.UNUSUAL: "magenta"}
 
 
 def settings(url: str, prefix: str, user: str, **files: str) -> config.Mqtt:
@@ -243,7 +243,7 @@ def _chains(board: Board) -> Table:
     rows = []
     for one in board.attention():
         last = render.when(one.last_snapshot.created_at) if one.last_snapshot else "-"
-        why = one.last_failure.error if one.last_failure else ""
+        why = one.last_failure.error if one.last_failure else _unusual(one)
         health = Text(one.health, _COLOURS[one.health])
         rows.append(
             [one.host, one.guest, one.target, health, one.snapshots, render.size(one.stored_bytes), last, why]
@@ -251,10 +251,14 @@ def _chains(board: Board) -> Table:
     return _table("Chains", ["HOST", "GUEST", "DISK", "HEALTH", "NODES", "STORED", "LAST SNAPSHOT", "WHY"], rows)
 
 
+def _unusual(one: DiskState) -> str:
+    return "" if one.alarm is None else f"{one.alarm.level}: see {one.alarm.snapshot}"
+
+
 def _troubles(board: Board) -> Table:
     rows = [
         [render.when(one.at), one.host, Text(safe(one.type), "red"), one.payload.get("guest") or "",
-         one.payload.get("error") or one.payload.get("detail") or ""]
+         one.payload.get("error") or one.payload.get("detail") or one.payload.get("level") or ""]
         for one in reversed(board.troubles)
     ]  # fmt: skip
     return _table("Troubles since the start", ["AT", "HOST", "WHAT", "GUEST", "WHY"], rows)

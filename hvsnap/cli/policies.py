@@ -130,8 +130,16 @@ def lock(session: Session, snapshot: str, until: str) -> None:
     session.answer(locked, f"{locked.id} is locked until {render.when(locked.locked_until)}")
 
 
-def edit_snapshot(session: Session, snapshot: str, name: str, description: str | None, tags: list[str] | None) -> None:
-    """Change what a snapshot is called."""
+def edit_snapshot(
+    session: Session,
+    snapshot: str,
+    name: str,
+    description: str | None,
+    tags: list[str] | None,
+    *,
+    usual: bool = False,
+) -> None:
+    """Change what a snapshot is called, or end its alarm."""
     fields: dict[str, Any] = {}
     if name:
         fields["name"] = name
@@ -139,8 +147,10 @@ def edit_snapshot(session: Session, snapshot: str, name: str, description: str |
         fields["description"] = description
     if tags:
         fields["tags"] = parse_tags([tag for tag in tags if tag])
+    if usual:
+        fields["usual"] = True
     if not fields:
-        raise BadRequest("nothing was said to change", hint="give --name, --description or --tag")
+        raise BadRequest("nothing was said to change", hint="give --name, --description, --tag or --usual")
     with session.client() as client:
         changed = client.post(place("snapshots", snapshot, "edit"), wire.Snapshot, body(wire.SnapshotEdit, **fields))
     session.answer(changed, render.snapshot(changed))

@@ -114,7 +114,7 @@ def snapshots(answer: Sequence[wire.Snapshot], *, headers: bool = True) -> str:
             when(s.created_at),
             when(s.expires_at),
             f"{s.progress} %",
-            s.state,
+            s.state + (", unusual" if s.alarm is not None and s.alarm.acknowledged_at is None else ""),
         )
         for s in answer
     ]
@@ -143,6 +143,8 @@ def snapshot(s: wire.Snapshot) -> str:
             ("Accomplished", when(s.accomplished_at) if s.accomplished_at else ""),
             ("Expires", when(s.expires_at) if s.expires_at else ""),
             ("Locked until", when(s.locked_until) if s.locked_until else ""),
+            ("Held until", when(s.held_until) if s.held_until else ""),
+            ("Unusual", "" if s.alarm is None else alarm(s.alarm)),
             ("Size", size(s.size_bytes)),
             ("Read", size(s.read_bytes)),
             ("Changed", size(s.changed_bytes)),
@@ -165,6 +167,14 @@ def served(answer: wire.ServedList, *, headers: bool = True) -> str:
 def skew(ms: float) -> str:
     """Return how far the instants of a group's guests are apart at most."""
     return f"at most {math.ceil(ms * 10) / 10:.1f} ms between its guests" if ms else "none: one instant for all guests"
+
+
+def alarm(a: wire.Alarm) -> str:
+    """Return why a snapshot is unusual, as one line."""
+    rate = f"{size(a.changed_bytes_h)} changed an hour (usually up to {size(a.usual_bytes_h)})"
+    share = f"{a.stored_share:.0%} of it had to be stored (usually up to {a.usual_share:.0%})"
+    seen_to = "" if a.acknowledged_at is None else f"; acknowledged {when(a.acknowledged_at)}"
+    return f"{a.level}: {rate}, {share}{seen_to}"
 
 
 def impact(i: wire.Impact) -> str:
@@ -291,7 +301,7 @@ def plan(p: wire.RollbackPlan) -> str:
 
 def event(e: wire.Event) -> str:
     """Return an event as one line."""
-    shown = ("guest", "target", "snapshot", "name", "path", "error")
+    shown = ("guest", "target", "snapshot", "name", "path", "level", "last_good", "error")
     words = " ".join(f"{key}={safe(str(e.payload[key]))}" for key in shown if e.payload.get(key))
     return f"{when(e.at)} {safe(e.type)} {words}".rstrip()
 

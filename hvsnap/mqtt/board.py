@@ -27,7 +27,8 @@ SILENT_S = 180.0
 
 TROUBLES = frozenset(
     one for one in EventType
-    if one.endswith(("failed", "missed")) or one in (EventType.STORE_INCOMPLETE, EventType.STORE_NEARLY_FULL)
+    if one.endswith(("failed", "missed", "unusual"))
+    or one in (EventType.STORE_INCOMPLETE, EventType.STORE_NEARLY_FULL)
 )  # fmt: skip
 
 _ENDS = {
@@ -138,7 +139,7 @@ class Board:
 
     def attention(self) -> list[DiskState]:
         """Return all disks, those that ask for attention in front, then by what they hold."""
-        order = {Health.FAILED: 0, Health.UNPROTECTED: 1, Health.OK: 2}
+        order = {Health.UNUSUAL: 0, Health.FAILED: 1, Health.UNPROTECTED: 2, Health.OK: 3}
         return sorted(self.disks.values(), key=lambda one: (order[one.health], -(one.stored_bytes or 0)))
 
     def _host(self, name: str) -> HostSeen | None:

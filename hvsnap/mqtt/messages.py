@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
+from hvsnap.alarm import Level
 from hvsnap.happenings import EventType
 from hvsnap.model import Consistency, Kind
 from hvsnap.mqtt.payloads import (
@@ -28,6 +29,7 @@ from hvsnap.mqtt.payloads import (
     RollbackPayload,
     SnapshotPayload,
     SpacePayload,
+    UnusualPayload,
     VerificationPayload,
 )
 
@@ -101,6 +103,7 @@ class Health(StrEnum):
     OK = "ok"  # its last snapshot succeeded
     FAILED = "failed"  # the last attempt failed
     UNPROTECTED = "unprotected"  # it has no snapshot
+    UNUSUAL = "unusual"  # its last snapshot succeeded, and an alarm is open: see `alarm`
 
 
 class LastSnapshot(BaseModel):
@@ -125,6 +128,14 @@ class LastFailure(BaseModel):
     error: str
 
 
+class OpenAlarm(BaseModel):
+    """The newest alarm that nobody has acknowledged."""
+
+    snapshot: str = Field(description="the unusual one")
+    at: AwareDatetime = Field(description="the instant that it holds")
+    level: Level
+
+
 class DiskState(Message):
     """Retained. A disk that has a chain, as the catalog knows it; published when it changes and at each connection."""
 
@@ -142,6 +153,7 @@ class DiskState(Message):
     )
     last_snapshot: LastSnapshot | None
     last_failure: LastFailure | None = Field(description="null unless the newest attempt failed")
+    alarm: OpenAlarm | None = Field(default=None, description="null unless a snapshot is unusual")
 
 
 # -- events ---------------------------------------------------------------------------------------
@@ -156,7 +168,10 @@ class EventMessage(Message):
 
 
 class SnapshotEvent(EventMessage):
-    """A snapshot was begun, is accomplished, has failed; was deleted, came to its end, or made room for another."""
+    """A snapshot was begun, is accomplished, has failed; was deleted, came to its end, or made room for another.
+
+    Acknowledged: somebody has said that what was unusual about it is all right.
+    """
 
     type: Literal[
         EventType.SNAPSHOT_CREATED,
@@ -165,8 +180,16 @@ class SnapshotEvent(EventMessage):
         EventType.SNAPSHOT_DELETED,
         EventType.SNAPSHOT_EXPIRED,
         EventType.SNAPSHOT_EVICTED,
+        EventType.SNAPSHOT_ACKNOWLEDGED,
     ]
     payload: SnapshotPayload
+
+
+class SnapshotUnusualEvent(EventMessage):
+    """A snapshot is accomplished, and its disk has changed up to it as it never does."""
+
+    type: Literal[EventType.SNAPSHOT_UNUSUAL]
+    payload: UnusualPayload
 
 
 class PolicyRunEvent(EventMessage):
@@ -269,6 +292,7 @@ class DaemonEvent(EventMessage):
 
 AnyEvent = Annotated[
     SnapshotEvent
+    | SnapshotUnusualEvent
     | PolicyRunEvent
     | PolicyMissedEvent
     | PolicyFailedEvent

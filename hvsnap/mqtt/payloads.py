@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import AwareDatetime, BaseModel, Field
 
+from hvsnap.alarm import Level
 from hvsnap.model import Consistency, Kind, Method, State
 
 
@@ -40,6 +41,20 @@ class SnapshotPayload(DiskPayload):
     changed_bytes: int
     stored_bytes: int
     error: str = Field(description="why it failed; empty unless it did")
+
+
+class UnusualPayload(SnapshotPayload):
+    """A snapshot up to which its disk has changed as it never does, and the last one before that."""
+
+    level: Level = Field(description="severe: both signs at once")
+    faster: bool = Field(description="a sign: it changed far more than ever")
+    denser: bool = Field(description="a sign: what changed no longer compresses")
+    changed_bytes_h: float = Field(ge=0, description="changed per hour, blocks of zeroes left out")
+    usual_bytes_h: float = Field(ge=0, description="the second highest that the disk has shown before")
+    stored_share: float = Field(ge=0, le=1, description="stored of each changed byte; near 1: it does not compress")
+    usual_share: float = Field(ge=0, le=1)
+    last_good: str | None = Field(description="the newest snapshot before it that is not under suspicion")
+    held_until: AwareDatetime | None = Field(description="until when no rule lets that one go; null: no rule would")
 
 
 class NewDiskPayload(BaseModel):

@@ -6,12 +6,13 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
+from hvsnap.alarm import Alarm
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import HvsnapError
 from hvsnap.model import Disk, DiskId, Event, Snapshot, SnapshotId, State
 from hvsnap.mqtt import discovery
 from hvsnap.mqtt.connection import Connection, Refused
-from hvsnap.mqtt.messages import DiskState, Health, LastFailure, LastSnapshot
+from hvsnap.mqtt.messages import DiskState, Health, LastFailure, LastSnapshot, OpenAlarm
 from hvsnap.mqtt.topics import Topics
 from hvsnap.ports import Clock
 from hvsnap.service.freeing import chain_blocks, stored_bytes
@@ -29,6 +30,7 @@ def disk_state(host_id: str, at: float, disk: Disk, snapshots: Sequence[Snapshot
     ended = [row for row in snapshots if row.state is not State.PROGRESSING]
     last = accomplished[-1] if accomplished else None
     failed = ended[-1] if ended and ended[-1].state is State.FAILED else None
+    alarm = next((_alarm(row, row.alarm) for row in reversed(accomplished) if row.alarm and row.alarm.open), None)
     return DiskState(
         host=host_id,
         at=when(at),
@@ -38,14 +40,27 @@ def disk_state(host_id: str, at: float, disk: Disk, snapshots: Sequence[Snapshot
         target=disk.target,
         system=disk.system,
         size_bytes=disk.size_bytes,
-        health=Health.FAILED if failed else Health.OK if last else Health.UNPROTECTED,
+        health=_health(last, failed, alarm),
         snapshots=len(accomplished),
         stored_bytes=stored,
         last_snapshot=None if last is None else _last_snapshot(last),
         last_failure=None
         if failed is None
         else LastFailure(id=failed.id, at=when(failed.created_at), error=failed.error),
+        alarm=alarm,
     )
+
+
+def _health(last: Snapshot | None, failed: Snapshot | None, alarm: OpenAlarm | None) -> Health:
+    if failed is not None:
+        return Health.FAILED
+    if last is None:
+        return Health.UNPROTECTED
+    return Health.OK if alarm is None else Health.UNUSUAL
+
+
+def _alarm(row: Snapshot, alarm: Alarm) -> OpenAlarm:
+    return OpenAlarm(snapshot=row.id, at=when(row.created_at), level=alarm.level)
 
 
 def _last_snapshot(row: Snapshot) -> LastSnapshot:

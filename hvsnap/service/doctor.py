@@ -22,7 +22,7 @@ from hvsnap.errors import HvsnapError
 from hvsnap.hook_place import DIRECTORY, HookPlace
 from hvsnap.model import DiskId, Operation, Traits
 from hvsnap.ports import Census
-from hvsnap.service import doctor_looks, findings, findings_disks, findings_host
+from hvsnap.service import doctor_looks, findings, findings_disks, findings_host, findings_snapshots
 from hvsnap.service.doctor_guests import DiskLooks, GuestHost
 from hvsnap.service.guests import Guests
 from hvsnap.service.inventory import Inventory
@@ -265,7 +265,8 @@ class Doctor:
         open_now = findings.operations(operations, sum(1 for one in operations if _is_worked_on(one, busy)))
         newest_s = max((row.created_at for row in snapshots), default=0.0)
         filling = findings.filling(await self._days_to_full())
-        return [ok, *filling, open_now, *findings_host.clock_before(newest_s, time.time())]
+        unusual = findings_snapshots.unusual({disk.id: disk for disk in disks if not disk.released}, snapshots)
+        return [ok, *filling, open_now, *unusual, *findings_host.clock_before(newest_s, time.time())]
 
 
 async def _answer_of_qemu() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hvsnap.capture.capture import Capture, CaptureOrder
@@ -18,6 +18,7 @@ from hvsnap.capture.record import DiskPlan, Recorder
 from hvsnap.capture.space import SpaceLimits
 from hvsnap.capture.support import ImageTraits, Way, refusal
 from hvsnap.capture.throttle import Throttle
+from hvsnap.capture.unusual import Rules
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import ForeignJob, Refused
 from hvsnap.guard import StartGuard
@@ -43,6 +44,7 @@ class CaptureSettings:
     space: SpaceLimits
     impact_budget_pct: float = 0.0
     rate_max_bytes_s: int = 0
+    alarms: Rules = field(default_factory=Rules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ class Planner:
                 order = PartOrder(operation.id, one.guest.uuid, one.guest.name, one.mode, one.plans, one.watch)
                 parts.append(Part(self._hypervisor, self._catalog, self._guard, self._store.block_size, order))
         settings = self._settings
-        recorder = Recorder(self._catalog, self._store, self._clock, settings.run_dir, self._report)
+        recorder = Recorder(self._catalog, self._store, self._clock, settings.run_dir, self._report, settings.alarms)
         asked = CaptureOrder(run.consistency, settings.freeze_timeout_s, settings.space)
         capture = Capture(self._freezer, self._catalog, recorder, asked, parts)
         return [part.order.operation for part in parts], capture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hvsnap import wire
 from hvsnap.catalog.catalog import Catalog
@@ -142,10 +143,21 @@ class Snapshots:
         return await self.info(row.id)
 
     async def edit(
-        self, snapshot_id: str, *, name: str | None, description: str | None, tags: dict[str, str] | None
+        self,
+        snapshot_id: str,
+        *,
+        name: str | None,
+        description: str | None,
+        tags: dict[str, str] | None,
+        usual: bool = False,
     ) -> wire.Snapshot:
-        """Change what people call a snapshot; None leaves a thing as it is. Raises :class:`BadRequest`."""
+        """Change what people call a snapshot; None leaves a thing as it is. ``usual``: the alarm about it is over.
+
+        Raises :class:`BadRequest`, :class:`Refused` where there is no alarm.
+        """
         row = await self.row(snapshot_id)
+        if usual and row.alarm is None:
+            raise Refused(f"nothing is unusual about snapshot {row.id}", hint="`hvsnap doctor` names those that are")
         changes: dict[str, object] = {}
         if name is not None:
             changes["name"] = check_name(name)
@@ -156,7 +168,23 @@ class Snapshots:
         if changes:
             async with self._catalog.write() as tx:
                 await tx.update_snapshot(row.id, **changes)
+        if usual:
+            await self._acknowledge(row.id)
         return await self.info(row.id)
+
+    async def _acknowledge(self, snapshot_id: SnapshotId) -> None:
+        """Say that all is well with an unusual snapshot. After the last alarm of its disk nothing is held any more."""
+        async with self._catalog.write() as tx:
+            row = await self._catalog.snapshot(snapshot_id)
+            if row.alarm is None or not row.alarm.open:
+                return
+            await tx.update_snapshot(row.id, alarm=replace(row.alarm, acknowledged_at=self._clock.now()))
+            others = [one for one in await self._catalog.snapshots(row.disk) if one.id != row.id]
+            if not any(one.alarm is not None and one.alarm.open for one in others):
+                for one in [*others, row]:
+                    if one.held_until is not None:
+                        await tx.update_snapshot(one.id, held_until=None)
+            await tx.emit(EventType.SNAPSHOT_ACKNOWLEDGED, snapshot_payload(await self._catalog.disk(row.disk), row))
 
     def _check_unlocked(self, row: Snapshot) -> None:
         if row.locked_until is not None and row.locked_until > self._clock.now():

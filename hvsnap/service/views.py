@@ -6,6 +6,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 
 from hvsnap import wire
+from hvsnap.alarm import Alarm
 from hvsnap.model import Disk, Event, Progress, Snapshot, State
 from hvsnap.service.tasks import TaskView
 
@@ -18,6 +19,11 @@ def when(seconds: float) -> datetime:
 def when_or_none(seconds: float | None) -> datetime | None:
     """Return a time, or None for none."""
     return None if seconds is None else when(seconds)
+
+
+def alarm(value: Alarm) -> wire.Alarm:
+    """Return an alarm."""
+    return wire.Alarm(**asdict(value) | {"acknowledged_at": when_or_none(value.acknowledged_at)})
 
 
 def snapshot(row: Snapshot, disk: Disk, progress: Progress | None = None) -> wire.Snapshot:
@@ -54,6 +60,8 @@ def snapshot(row: Snapshot, disk: Disk, progress: Progress | None = None) -> wir
         encrypted=disk.encrypted,
         expires_at=when_or_none(row.expires_at),
         locked_until=when_or_none(row.locked_until),
+        held_until=when_or_none(row.held_until),
+        alarm=None if row.alarm is None else alarm(row.alarm),
         impact=None if row.impact is None else wire.Impact(**asdict(row.impact)),
         progress=percent,
         done_bytes=None if progress is None else progress.done_bytes,

@@ -121,6 +121,7 @@ from hvsnap.wire.policies import (
 )
 from hvsnap.wire.snapshots import (
     AffectedSnapshot,
+    Alarm,
     DamagedBlock,
     Deletion,
     Freed,
@@ -154,6 +155,7 @@ from hvsnap.wire.usage import Usage, UsageLine, UsagePoint
 __all__ = [
     "API",
     "AffectedSnapshot",
+    "Alarm",
     "Answer",
     "Attach",
     "BitmapHealth",

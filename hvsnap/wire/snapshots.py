@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import AwareDatetime, Field
 
+from hvsnap.alarm import Level
 from hvsnap.model import Consistency, Kind, Method, State
 from hvsnap.wire.base import Answer, Name, Request
 
@@ -19,6 +20,19 @@ class Impact(Answer):
     held_write_us: float | None
     slowdown: float = Field(description="how many times as long its requests took as the same ones take at rest")
     rate_low_bytes_s: int | None = Field(description="what the reader was slowed down to for it; null: never")
+
+
+class Alarm(Answer):
+    """Why a snapshot is unusual: how its disk changed up to it, beside what is usual for that disk (SERVICE 12)."""
+
+    level: Level = Field(description="severe: both signs at once, as when a guest's files are being encrypted")
+    faster: bool = Field(description="a sign: it changed far more than ever")
+    denser: bool = Field(description="a sign: what changed no longer compresses")
+    changed_bytes_h: float = Field(description="changed per hour, blocks of zeroes left out")
+    usual_bytes_h: float = Field(description="the second highest that the disk has shown before")
+    stored_share: float = Field(ge=0, le=1, description="stored of each changed byte; near 1: it does not compress")
+    usual_share: float = Field(ge=0, le=1)
+    acknowledged_at: AwareDatetime | None = Field(description="when somebody said that all is well; null: nobody has")
 
 
 class Snapshot(Answer):
@@ -53,6 +67,11 @@ class Snapshot(Answer):
     encrypted: bool = Field(description="its disk is encrypted: it is kept in encrypted stores only")
     expires_at: AwareDatetime | None = Field(description="null: not by time")
     locked_until: AwareDatetime | None
+    held_until: AwareDatetime | None = Field(
+        default=None,
+        description="no rule lets it go before, since a later one is unusual; its owner may delete it",
+    )
+    alarm: Alarm | None = Field(default=None, description="null: nothing is unusual about it")
     impact: Impact | None = Field(description="null: not measured, since the guest was off or did too little to tell")
     progress: int = Field(ge=0, le=100, description="percent")
     done_bytes: int | None = Field(description="what is read of total_bytes; null unless it is being read")
@@ -121,6 +140,7 @@ class SnapshotEdit(Request):
     name: str | None = Field(default=None, max_length=4096)
     description: str | None = Field(default=None, max_length=65536)
     tags: dict[str, str] | None = Field(default=None, max_length=1024)
+    usual: bool = Field(default=False, description="the alarm about it is over: what its guest did is all right")
 
 
 class SnapshotLock(Request):

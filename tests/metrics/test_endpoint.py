@@ -30,7 +30,7 @@ from tests.guest.libvirtd import Libvirtd
 from tests.mqtt.broker import free_port
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
-LABELS = {"guest", "target", "disk", "kind", "why", "outcome", "operation", "le", "version", "host"}
+LABELS = {"level", "guest", "target", "disk", "kind", "why", "outcome", "operation", "le", "version", "host"}
 OPEN = "application/openmetrics-text; version=1.0.0"
 
 

@@ -33,6 +33,19 @@ PAYLOADS: dict[EventType, dict[str, Any]] = {
     EventType.SNAPSHOT_DELETED: SNAPSHOT,
     EventType.SNAPSHOT_EXPIRED: SNAPSHOT,
     EventType.SNAPSHOT_EVICTED: SNAPSHOT,
+    EventType.SNAPSHOT_UNUSUAL: SNAPSHOT
+    | {
+        "level": "severe",
+        "faster": True,
+        "denser": True,
+        "changed_bytes_h": 3e10,
+        "usual_bytes_h": 1e9,
+        "stored_share": 0.99,
+        "usual_share": 0.4,
+        "last_good": "s-aaaaaaaaaaaa",
+        "held_until": "2026-06-15T02:00:00Z",
+    },
+    EventType.SNAPSHOT_ACKNOWLEDGED: SNAPSHOT,
     EventType.POLICY_RUN: disk_payload(DISK)
     | {"policy": "nightly", "snapshot": "s-aaaaaaaaaaaa", "name": "auto_20260601_1"},
     EventType.POLICY_MISSED: {"policy": "nightly", "missed": 2, "last": "2026-06-01T02:00:00Z"},

@@ -32,7 +32,7 @@ class Layer(IntEnum):
     COMMAND_LINE = 8
 
 
-VALUES = {"", "__main__", "alarm", "alarm", "config", "errors", "happenings", "instant", "model", "ports", "reserve", "secret"}
+VALUES = {"", "__main__", "alarm", "config", "errors", "happenings", "instant", "model", "ports", "reserve", "secret"}
 """Everybody may speak of these; they know nothing but each other."""
 
 PURE = {
@@ -41,7 +41,6 @@ PURE = {
     "capture.governor",
     "capture.plan",
     "capture.support",
-    "capture.unusual",
     "capture.unusual",
     "catalog.chain",
     "catalog.ranges",

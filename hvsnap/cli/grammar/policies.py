@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hvsnap.cli import words
-from hvsnap.cli.grammar.command import SNAPSHOTS, Snapshot, command
+from hvsnap.cli.grammar.command import SNAPSHOTS, Snapshot, command, flag
 from hvsnap.cli.session import Session
 
 POLICIES = "Policies"
@@ -45,11 +45,12 @@ def snapshot_edit(
     tag: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Tags in the place of those it has.")
     ] = None,
+    usual: Annotated[bool, flag("--usual", help="What is unusual about it is all right: its alarm is over.")] = False,
 ) -> None:
-    """Change a snapshot's name, description or tags."""
+    """Change a snapshot's name, description or tags, or end an alarm about it."""
     from hvsnap.cli import policies
 
-    policies.edit_snapshot(session, snapshot, name, description, tag)
+    policies.edit_snapshot(session, snapshot, name, description, tag, usual=usual)
 
 
 @command("snapshot-lock", SNAPSHOTS, example="hvsnap snapshot-lock s-mfrggzdfmztw --until 2027-01-31")
