@@ -22,7 +22,7 @@ from tests.e2e.oracle import BLOCK, Operation, check_same
 from tests.e2e.rig import DoctoredDaemon, Rig, TestDisk
 from tests.e2e.scenarios import sha256, write
 from tests.guest.domain import DiskSpec, Guest, make_image
-from tests.guest.libvirtd import Libvirtd
+from tests.guest.libvirtd import Libvirtd, wait_for
 
 MIB = 1 << 20
 SIZE = 4 * MIB + 512 * 77
@@ -72,7 +72,7 @@ def shelf(libvirtd: Libvirtd) -> Iterator[Shelf]:
 @pytest.fixture(scope="module")
 def shelf_of_captured(libvirtd: Libvirtd) -> Iterator[Shelf]:
     """A guest whose disks are full of data, were captured once, and written to since."""
-    with stocked(libvirtd, qcow2=9, raw=4) as shelf:
+    with stocked(libvirtd, qcow2=10, raw=5) as shelf:
         rig = shelf.rig
         for disk in rig.disks:
             rig.do(disk, write(0, 40 * BLOCK, 1))
@@ -486,6 +486,25 @@ def test_guest_started_while_a_rollback_looks_at_its_disk_leaves_nothing(off: Sh
         assert rig.daemon.task(task).state == "accomplished"
     check_same(rig.present(disk), disk.states[wanted], "a disk rolled back")
     rig.replace(disk)
+    captured_offline(rig, disk, "bitmap" if kind == "qcow2" else "rescan")
+
+
+@pytest.mark.parametrize("kind", ["qcow2", "raw"])
+def test_rollback_of_an_image_that_another_program_has_open_changes_nothing(off: Shelf, kind: str) -> None:
+    rig, disk = off.rig, off.take(kind)
+    socket = rig.scratch / "theirs.sock"
+    theirs = subprocess.Popen(["qemu-nbd", "-t", "-f", disk.spec.format, "-k", str(socket), str(disk.spec.path)])
+    try:
+        wait_for(socket.exists, "the other program")
+        task = rig.daemon.roll_back(f"{rig.guest.name}/{disk.target}", next(iter(disk.states)), safety_snapshot=False)
+        assert task.state == "failed"
+        assert task.error is not None
+        assert (task.error.code, task.error.exit_status) == ("busy", 5)
+    finally:
+        theirs.terminate()
+        theirs.wait()
+    assert rig.daemon.status().open_operations == 0
+    rig.check_disk(disk, "a disk whose rollback was refused")
     captured_offline(rig, disk, "bitmap" if kind == "qcow2" else "rescan")
 
 

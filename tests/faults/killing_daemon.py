@@ -244,27 +244,37 @@ def _slow_commits(control: Path) -> None:
     libvirt.virDomain.blockCommit = slow
 
 
-def _bad_sectors(control: Path) -> None:
-    """Let sectors be unreadable: ``CONTROL.bad`` holds options for the driver blkdebug, put below the format's."""
-    create = asyncio.create_subprocess_exec
+def _other_devices(control: Path) -> None:
+    """Put drivers of QEMU's below the format's.
 
-    async def damaged(*command: str, **options: Any) -> Any:
-        bad = control.with_suffix(".bad")
-        if "qemu-nbd" in command and "--read-only" in command and bad.exists():
-            below = f"file.driver=blkdebug,file.image.driver=file,file.image.filename={command[-1]},{bad.read_text()}"
-            at = command.index("-f")
-            image = f"driver={command[at + 1]},{below}"
-            command = (*command[:at], *command[at + 2 : -1], "--image-opts", image)
+    Sectors that cannot be read: ``CONTROL.bad`` holds options for the driver blkdebug. A note of every write to an
+    image: ``CONTROL.writes`` is the log of the driver blklogwrites.
+    """
+    create = asyncio.create_subprocess_exec
+    bad, writes = control.with_suffix(".bad"), control.with_suffix(".writes")
+
+    async def with_others(*command: str, **options: Any) -> Any:
+        if "qemu-nbd" in command:
+            path, below = command[-1], ""
+            if "--read-only" in command and bad.exists():
+                below = f"file.driver=blkdebug,file.image.driver=file,file.image.filename={path},{bad.read_text()}"
+            if "--read-only" not in command and writes.exists():
+                log = f"file.log.driver=file,file.log.filename={writes},file.log-sector-size=512"
+                below = f"file.driver=blklogwrites,file.file.driver=file,file.file.filename={path},{log}"
+            if below:
+                at = command.index("-f")
+                how = f"driver={command[at + 1]},{below}"
+                command = (*command[:at], *command[at + 2 : -1], "--image-opts", how)
         return await create(*command, **options)
 
-    asyncio.create_subprocess_exec = damaged
+    asyncio.create_subprocess_exec = with_others
 
 
 def install(control: Path) -> None:
     """Put all points in."""
     points = Points(control)
     _slow_commits(control)
-    _bad_sectors(control)
+    _other_devices(control)
     for method in ("bitmap_add", "bitmap_remove", "switch_to_overlays", "commit_start", "commit_pivot"):
         wrap(points, LibvirtHypervisor, method, method)
     for method in ("freeze", "thaw", "redefine_source", "start", "shutdown"):

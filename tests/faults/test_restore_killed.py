@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,8 +13,10 @@ from random import Random
 import numpy as np
 import pytest
 
+from hvsnap import wire
 from tests.e2e.oracle import Bytes, check_same, converted, random_operation
-from tests.faults.crash_rig import EVERY, CrashDisk, CrashRig, chosen, with_during
+from tests.faults import power_cut
+from tests.faults.crash_rig import EVERY, MIB, CrashDisk, CrashRig, chosen, with_during
 from tests.faults.killing_daemon import Order
 from tests.guest.image import GuestImage
 from tests.guest.libvirtd import Libvirtd
@@ -196,3 +199,62 @@ def test_killed_anywhere_in_a_rollback(rig: OffRig, safety: bool) -> None:
     rig.stop_writing()
     rig.check([])
     rig.guest.shutdown()
+
+
+# -- the power is cut -----------------------------------------------------------------------------
+
+CUTS = 3
+
+
+def change_much(rig: OffRig) -> Bytes:
+    """Change a place of each two MiB, so that a rollback has as many writes each time."""
+    pattern = rig.random.randrange(1, 256)
+    words = [word for at in range(6) for word in ("-c", f"write -P {pattern} {at * 2 * MIB + 300_000} 200k")]
+    subprocess.run(["qemu-io", "-f", "qcow2", *words, str(rig.disk.path)], check=True, capture_output=True)
+    return rig.present()
+
+
+def cut_in_a_rollback(rig: OffRig, target: str, order: Order, chance: Random | None) -> None:
+    """Roll back, cut the power at a point, and leave of the image what :func:`power_cut.left` says."""
+    log, base = rig.control.with_suffix(".writes"), rig.directory / "base"
+    shutil.copyfile(rig.disk.path, base)
+    log.write_bytes(b"")
+    with rig.held_at(order.name, order.side, order.nth) as held:
+        with rig.daemon.client() as client:
+            body = wire.Rollback(snapshot=target, safety_snapshot=False)
+            client.post(f"/disks/{rig.guest.name}/vda/rollback", wire.RollbackAnswer, body)
+        rig.reached(held)
+        writes = power_cut.logged(log)
+        rig.daemon.kill()
+    log.unlink()
+    assert writes
+    shutil.copyfile(base, rig.disk.path)
+    power_cut.replay(rig.disk.path, power_cut.left(writes, chance))
+
+
+def test_a_power_cut_anywhere_in_a_rollback_is_made_good(rig: OffRig) -> None:
+    """FAULTS 26: half of it is finished by the next start, and what was told to be finished is on the device."""
+    random = Random(SEED)
+    target = next(iter(rig.wanted))
+    action = rollback_action(rig, target, safety_snapshot=False)
+    action()
+    change_much(rig)
+    points = rig.trace(action)
+    writing = [Order("hold", *one) for one in points if one[0].startswith("nbd.") and one[2] == "after"]
+    writing = [one for one in writing if one.name in ("nbd.write", "nbd.zero", "nbd.finish")]
+    assert len(writing) > CUTS
+    (finished,) = {name for name, _nth, _side in points if "rollback.finished" in name}
+    for order in [*random.sample(writing, CUTS), Order("hold", finished)]:
+        change_much(rig)
+        told = len(rig.events("snapshot", target))
+        cut_in_a_rollback(rig, target, order, None if order.name == finished else random)
+        if order.name == finished:
+            check_same(rig.present(), rig.wanted[target], "the disk after a cut just before the end")
+        rig.restart()
+        assert rig.events("snapshot", target)[told:] == ["rollback.started", "rollback.finished"]
+        check_same(rig.present(), rig.wanted[target], f"the disk after a cut at {order}")
+        rig.check_off(consistent=False)
+        now = change_much(rig)
+        (made,) = rig.daemon.snapshot(rig.guest.name, ["vda"])
+        restored = np.frombuffer(rig.daemon.restored(made.id, rig.directory), np.uint8)
+        check_same(restored, now, "the next snapshot")
