@@ -13,7 +13,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,20 +40,25 @@ def cache() -> Path:
     return Path(os.environ.get("HVSNAP_BENCH_CACHE", default))
 
 
-def build(size_bytes: int, wanted_bytes: int) -> BenchDisk:
-    """Return the disk of ``wanted_bytes`` of files, building it if the cache has none."""
-    key = hashlib.sha256(f"{RECIPE} {size_bytes} {wanted_bytes}".encode()).hexdigest()[:12]
+def build(
+    size_bytes: int, wanted_bytes: int, extra: str = "", add: Callable[[Path], None] = lambda _tree: None
+) -> BenchDisk:
+    """Return the disk of ``wanted_bytes`` of files, building it if the cache has none.
+
+    ``add`` puts more into its tree, ``extra`` names that.
+    """
+    key = hashlib.sha256(f"{RECIPE} {size_bytes} {wanted_bytes}{extra}".encode()).hexdigest()[:12]
     final = cache() / key
     if not final.exists():
         final.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=final.parent, prefix="build-") as work:
-            _build(Path(work), size_bytes, wanted_bytes)
+            _build(Path(work), size_bytes, wanted_bytes, add)
             (Path(work) / "made").rename(final)
     about = json.loads((final / "about.json").read_text())
     return BenchDisk(path=final / "disk.qcow2", **about)
 
 
-def _build(work: Path, size_bytes: int, wanted_bytes: int) -> None:
+def _build(work: Path, size_bytes: int, wanted_bytes: int, add: Callable[[Path], None]) -> None:
     made, tree, raw = work / "made", work / "tree", work / "disk.raw"
     made.mkdir()
     files = file_bytes = 0
@@ -66,6 +71,7 @@ def _build(work: Path, size_bytes: int, wanted_bytes: int) -> None:
             shutil.copy2(source, target)
         files += 1
         file_bytes += source.stat().st_size
+    add(tree)
     with raw.open("wb") as out:
         out.truncate(size_bytes)
     subprocess.run(["mke2fs", "-q", "-t", "ext4", "-E", "root_owner=0:0", "-d", str(tree), str(raw)], check=True)

@@ -1,6 +1,6 @@
 """nbdkit's plugin that shows a snapshot as a disk: it asks the daemon for every block (``nbdkit python THIS_FILE``).
 
-It holds no key, knows no store and keeps nothing: catalog, keys and credentials stay in the daemon, the one process
+It holds no key and knows no store: catalog, keys and credentials stay in the daemon, the one process
 that has them. With ``patience=SECONDS`` requests wait for a daemon that is being restarted, so that a guest whose disk
 this is waits, too, and sees no error.
 """
@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -21,6 +22,13 @@ from hvsnap.restore import block_protocol as protocol
 
 API_VERSION = 2
 RETRY_S = 0.1
+PIECE_BYTES = 256 << 10
+"""A guest that starts reads thousands of times 4 KiB, near to each other: for less than this a whole aligned piece is
+asked for and kept. Each request to the daemon wakes up two processes, which on a busy host takes longer than decoding.
+"""
+
+PIECES_KEPT = 64
+
 ANSWER_TIMEOUT_S = 120.0
 """A store that hangs must not hang its clients for ever; retries of S3 within the daemon take a minute."""
 
@@ -29,6 +37,10 @@ T = TypeVar("T")
 
 class _Refused(Exception):
     """The daemon answered, and cannot do it: asking again would not help."""
+
+
+class _Silent(_Refused):
+    """The daemon has not answered as long as the patience lasts."""
 
 
 class _Away(Exception):
@@ -47,18 +59,17 @@ class _Daemon:
         self._lock = threading.Lock()
 
     def ask(self, operation: int, offset: int, length: int, take: Callable[[socket.socket, int], T]) -> T:
-        """Ask once more until the daemon answers or the patience is over; ``take`` receives what it answers."""
+        """Ask once more until the daemon answers or the patience is over; ``take`` receives what it answers.
+
+        Raises :class:`_Refused`.
+        """
         deadline = time.monotonic() + self.patience_s
         while True:
             try:
                 return self._ask(protocol.request(operation, self.snapshot, offset, length), take)
-            except _Refused as error:
-                nbdkit.set_error(errno.EIO)
-                raise RuntimeError(str(error)) from None
             except (OSError, _Away) as error:
                 if time.monotonic() >= deadline:
-                    nbdkit.set_error(errno.EIO)
-                    raise RuntimeError(f"the daemon does not answer: {error}") from None
+                    raise _Silent(f"the daemon does not answer: {error}") from None
                 time.sleep(RETRY_S)
 
     def _ask(self, request: bytes, take: Callable[[socket.socket, int], T]) -> T:
@@ -109,6 +120,56 @@ def _exactly(connection: socket.socket, length: int) -> bytes:
     data = bytearray(length)
     _into(connection, memoryview(data))
     return bytes(data)
+
+
+def _read(offset: int, view: memoryview) -> None:
+    """Fill ``view`` from the daemon."""
+    for start in range(0, len(view), protocol.READ_BYTES_MAX):
+        part = view[start : start + protocol.READ_BYTES_MAX]
+
+        def take(connection: socket.socket, length: int, part: memoryview = part) -> None:
+            if length != len(part):
+                raise _Refused(f"{length} bytes came for {len(part)}")
+            _into(connection, part)
+
+        _daemon.ask(protocol.READ, offset + start, len(part), take)
+
+
+class _Pieces:
+    """The pieces of the disk that were used last. A snapshot never changes, so they are never stale."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[int, bytearray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, number: int) -> bytearray:
+        """Return a piece, from the daemon if it is not kept; two that miss it at once both ask."""
+        with self._lock:
+            kept = self._kept.get(number)
+            if kept is not None:
+                self._kept.move_to_end(number)
+                return kept
+        start = number * PIECE_BYTES
+        piece = bytearray(min(PIECE_BYTES, _daemon.size_bytes - start))
+        _read(start, memoryview(piece))
+        with self._lock:
+            self._kept[number] = piece
+            while len(self._kept) > PIECES_KEPT:
+                self._kept.popitem(last=False)
+        return piece
+
+
+_pieces = _Pieces()
+
+
+def _read_by_pieces(offset: int, view: memoryview) -> None:
+    """Fill ``view`` from pieces."""
+    done = 0
+    while done < len(view):
+        number, start = divmod(offset + done, PIECE_BYTES)
+        part = memoryview(_pieces.get(number))[start : start + len(view) - done]
+        view[done : done + len(part)] = part
+        done += len(part)
 
 
 # -- what nbdkit calls ----------------------------------------------------------------------------
@@ -167,15 +228,25 @@ def can_extents(_handle: int) -> bool:
 def pread(_handle: int, buf: bytearray, offset: int, _flags: int) -> None:
     """Fill ``buf`` with what the disk holds at ``offset``."""
     view = memoryview(buf)
-    for start in range(0, len(view), protocol.READ_BYTES_MAX):
-        piece = view[start : start + protocol.READ_BYTES_MAX]
+    try:
+        if len(view) < PIECE_BYTES:
+            try:
+                _read_by_pieces(offset, view)
+            except _Silent:
+                raise
+            except _Refused:
+                pass  # a damaged block beside what is asked for, maybe
+            else:
+                return
+        _read(offset, view)
+    except _Refused as error:
+        raise _failed(error) from None
 
-        def take(connection: socket.socket, length: int, piece: memoryview = piece) -> None:
-            if length != len(piece):
-                raise _Refused(f"{length} bytes came for {len(piece)}")
-            _into(connection, piece)
 
-        _daemon.ask(protocol.READ, offset + start, len(piece), take)
+def _failed(error: _Refused) -> RuntimeError:
+    """Return what nbdkit writes to its log; its client sees an I/O error."""
+    nbdkit.set_error(errno.EIO)
+    return RuntimeError(str(error))
 
 
 def extents(_handle: int, count: int, offset: int, _flags: int) -> list[tuple[int, int, int]]:
@@ -186,7 +257,11 @@ def extents(_handle: int, count: int, offset: int, _flags: int) -> list[tuple[in
 
     zero = int(nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO)
     found = []
-    for length, is_zero in protocol.EXTENT.iter_unpack(_daemon.ask(protocol.EXTENTS, offset, count, take)):
+    try:
+        answer = _daemon.ask(protocol.EXTENTS, offset, count, take)
+    except _Refused as error:
+        raise _failed(error) from None
+    for length, is_zero in protocol.EXTENT.iter_unpack(answer):
         found.append((offset, length, zero if is_zero else 0))
         offset += length
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,13 +17,25 @@ from hvsnap.restore.block_cache import BlockCache
 PAGES_KEPT = 128
 """Pages of the snapshot's view that are remembered, 32 KiB each: 32 GiB of disk. A snapshot never changes."""
 
-GROUP_BYTES = 4 << 20
-"""Who reads on where a read has ended gets a whole aligned group, and the next one is fetched ahead."""
+AHEAD_BYTES_MAX = 8 << 20
+"""Who reads on where a read has ended gets as much fetched ahead as was read in one go so far, up to this. A guest that
+starts reads thousands of small files: more than what each has shown to need costs decoding what nobody asks for."""
+
+RUN_BYTES = 512 << 10
+"""A first read of so many bytes is taken for the beginning of a long one."""
 
 ENDS_REMEMBERED = 128
 """Ends of the last reads: those of some sequential readers with their requests in flight side by side."""
 
 EXTENTS_MAX = 4096
+
+
+@dataclass(slots=True)
+class _Run:
+    """What was read in one go, up to some offset: how many bytes, and up to which block more was fetched ahead."""
+
+    read_bytes: int = 0
+    ahead: int = 0
 
 
 class SnapshotReader:
@@ -34,21 +47,19 @@ class SnapshotReader:
         self._cache = cache
         self._snapshot = snapshot
         self._block_size = cache.block_size
-        self._group_blocks = max(1, GROUP_BYTES // self._block_size)
         self._zeroes = bytes(self._block_size)
         self._held: frozenset[int] | None = None
         self._pages: OrderedDict[int, UInt64Array] = OrderedDict()
-        self._ends: OrderedDict[int, None] = OrderedDict()
-        self._ahead = -1
+        self._runs: OrderedDict[int, _Run] = OrderedDict()
 
     async def read(self, offset: int, length: int) -> list[memoryview]:
         """Return ``length`` bytes from ``offset`` in pieces. Raises :class:`Damaged`, :class:`BadRequest`."""
         self._check(offset, length)
         first, last = offset // self._block_size, (offset + length - 1) // self._block_size
         wanted = await self._ids(first, last + 1)
-        if self._goes_on(offset, length):
-            await self._read_ahead(last)
         stored = [int(one) for one in wanted[wanted != ZERO_BLOCK]]
+        self._cache.fetch(stored)
+        await self._read_ahead(offset, length)
         blocks = iter(await self._cache.get(stored))
         pieces = [memoryview(self._zeroes if one == ZERO_BLOCK else next(blocks)) for one in wanted.tolist()]
         end = offset + length - last * self._block_size
@@ -119,25 +130,25 @@ class SnapshotReader:
 
     # -- reading ahead ------------------------------------------------------------------------------
 
-    def _goes_on(self, offset: int, length: int) -> bool:
-        """Whether a read goes on where another one ended, a little while ago."""
-        goes_on = self._ends.pop(offset, 0) is None or length >= GROUP_BYTES // 4
-        self._ends[offset + length] = None
-        while len(self._ends) > ENDS_REMEMBERED:
-            self._ends.popitem(last=False)
-        return goes_on
-
-    async def _read_ahead(self, block: int) -> None:
-        """Fetch the rest of a block's group, and the group after it, unless that was the last thing done."""
-        group = block // self._group_blocks
-        if group == self._ahead:
+    async def _read_ahead(self, offset: int, length: int) -> None:
+        """Fetch ahead for a read that goes on where another one ended, a little while ago."""
+        run = self._runs.pop(offset, None)
+        goes_on = run is not None or length >= RUN_BYTES
+        run = run or _Run()
+        run.read_bytes += length
+        end = offset + length
+        self._runs[end] = run
+        while len(self._runs) > ENDS_REMEMBERED:
+            self._runs.popitem(last=False)
+        window = min(run.read_bytes, AHEAD_BYTES_MAX)
+        # In halves of the window: a fetch for each block alone would cost more than the blocks.
+        if not goes_on or run.ahead * self._block_size > end + window // 2:
             return
-        self._ahead = group
         blocks = -(-self.size_bytes // self._block_size)
-        for number in (group, group + 1):
-            first = number * self._group_blocks
-            if first < blocks:
-                self._fetch(await self._ids(first, min(first + self._group_blocks, blocks)))
+        first = max(run.ahead, -(-end // self._block_size))
+        run.ahead = min(blocks, -(-(end + window) // self._block_size))
+        if first < run.ahead:
+            self._fetch(await self._ids(first, run.ahead))
 
     def _fetch(self, ids: Sequence[int] | UInt64Array) -> None:
         self._cache.fetch([int(one) for one in ids if one != ZERO_BLOCK])

@@ -13,6 +13,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,10 +85,11 @@ def _cache_dir() -> Path:
     return Path(os.environ.get("HVSNAP_TEST_CACHE", default))
 
 
-def build() -> GuestImage:
-    """Return the guest, building it if the cache has none of this recipe."""
+def build(more_modules: Sequence[str] = (), init: str = INIT) -> GuestImage:
+    """Return the guest, building it if the cache has none of this recipe; with another ``init``, maybe, and modules."""
     recipe = [Path(__file__).read_bytes(), (HERE / "stress.c").read_bytes()]
     recipe.append(_installed("busybox-static", "qemu-guest-agent").encode())
+    recipe += [" ".join(more_modules).encode(), init.encode()]
     package = _kernel_package()
     recipe.append(package.encode())
     key = hashlib.sha256(b"\0".join(recipe)).hexdigest()[:16]
@@ -97,7 +99,7 @@ def build() -> GuestImage:
         with tempfile.TemporaryDirectory(dir=final.parent, prefix="build-") as work:
             made = Path(work) / "made"
             made.mkdir()
-            _build(Path(work), made, package)
+            _build(Path(work), made, package, (*MODULES, *more_modules), init)
             try:
                 made.rename(final)
             except OSError:  # another process was first
@@ -106,7 +108,7 @@ def build() -> GuestImage:
     return GuestImage(final / "vmlinux", final / "initramfs.cpio")
 
 
-def _build(work: Path, made: Path, package: str) -> None:
+def _build(work: Path, made: Path, package: str, modules: Sequence[str], init: str) -> None:
     # Unpacked, not installed: the host's own boot files stay as they are.
     subprocess.run(
         ["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", package],
@@ -124,8 +126,8 @@ def _build(work: Path, made: Path, package: str) -> None:
     subprocess.run(
         ["gcc", "-O2", "-static", "-pthread", "-s", "-o", str(root / "bin/stress"), str(HERE / "stress.c")], check=True
     )
-    _add_modules(root, work / "kernel")
-    _script(root / "init", INIT)
+    _add_modules(root, work / "kernel", modules)
+    _script(root / "init", init)
     (root / "sbin/shutdown").unlink(missing_ok=True)
     _script(root / "sbin/shutdown", SHUTDOWN)
     (root / POWER_BUTTON).parent.mkdir(parents=True)
@@ -172,11 +174,11 @@ def _add_program(root: Path, program: Path, directory: str) -> None:
         target.chmod(0o755)
 
 
-def _add_modules(root: Path, kernel: Path) -> None:
+def _add_modules(root: Path, kernel: Path, modules: Sequence[str]) -> None:
     version = next((kernel / "lib/modules").iterdir()).name
     subprocess.run(["/sbin/depmod", "-b", str(kernel), version], check=True)
     listed: list[str] = []
-    for module in MODULES:
+    for module in modules:
         shown = _output("/sbin/modprobe", "-d", str(kernel), "-S", version, "--show-depends", module)
         for line in shown.splitlines():
             if not line.startswith("insmod"):
