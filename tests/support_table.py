@@ -6,6 +6,7 @@ import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 from hvsnap.capture.facts import Mode
 from hvsnap.capture.support import ImageTraits, Way
@@ -80,6 +81,19 @@ def refused(way: str) -> dict[str, str]:
     return {cell.column: notes()[cell.note] for cell in cells() if cell.way == way and cell.note}
 
 
+def matrix(*ways: str) -> set[tuple[str, bool, str]]:
+    """Return the supported cells of some ways, but for LUKS: way, whether as a group, column."""
+    return {(way, group, column) for way in ways for group in (False, True) for column in supported(way, group=group)
+            if column in PLAIN}  # fmt: skip
+
+
+def one_of_each(random: Random, columns: dict[str, str]) -> list[str]:
+    """Return disks at random, at least one of each column; ``columns`` says which column a disk is of."""
+    chosen = {random.choice([name for name, one in columns.items() if one == column]) for column in PLAIN
+              if column in columns.values()}  # fmt: skip
+    return [name for name in columns if name in chosen or random.random() < 0.5]
+
+
 def plain_image(directory: Path, column: str, size: int) -> Path:
     """Make an image of a column but LUKS's; its backing file holds something."""
     path = directory / f"disk{COLUMNS.index(column)}.{'raw' if column == 'raw' else 'qcow2'}"
@@ -91,8 +105,13 @@ def plain_image(directory: Path, column: str, size: int) -> Path:
         subprocess.run(["qemu-io", "-f", "qcow2", *fill, str(below)], check=True, stdout=subprocess.DEVNULL)
         return make_image(path, str(size), "qcow2", "-b", str(below), "-F", "qcow2")
     if column == "qcow2 with a data file":
-        data = directory / f"{path.name}.data"
-        make_image(path, str(size), "qcow2", "-o", f"data_file={data},data_file_raw=on")
-        data.chmod(0o666)  # libvirt 9.0 hands the image to QEMU's user, and knows nothing of the file
-        return path
+        return data_file_image(path, size)
     return make_image(path, str(size))
+
+
+def data_file_image(path: Path, size: int) -> Path:
+    """Make a qcow2 image whose data is in a raw file beside it."""
+    data = path.parent / f"{path.name}.data"
+    make_image(path, str(size), "qcow2", "-o", f"data_file={data},data_file_raw=on")
+    data.chmod(0o666)  # libvirt 9.0 hands the image to QEMU's user, and knows nothing of the file
+    return path

@@ -219,12 +219,13 @@ class Rig:
         disks: Sequence[TestDisk],
         meanwhile: Callable[[], None] = lambda: None,
         storm: Random | None = None,
+        stormy: Callable[[TestDisk], bool] = lambda _disk: True,
         **options: Any,
     ) -> list[wire.Snapshot]:
         """Make snapshots of disks at rest and note what they must restore to: a copy of the frozen image.
 
         ``meanwhile`` is called once the images are frozen and before they are read; ``storm`` does random operations
-        from then on until the guest is back on its images.
+        from then on until the guest is back on its images, on those of the disks that are ``stormy``.
         """
         names = [disk.target for disk in disks]
         running = self.guest.active
@@ -241,7 +242,7 @@ class Rig:
                 disk.states[snapshot.id] = frozen
             meanwhile()
             if storm is not None and running:
-                stack.enter_context(self.storm(storm, disks))
+                stack.enter_context(self.storm(storm, [disk for disk in disks if stormy(disk)]))
             gate.open()
             ended = self.daemon.ended(made)
             for snapshot in ended:

@@ -1,7 +1,8 @@
 """Random lives of disks: whatever happens to them, every snapshot restores to the copy kept of its instant.
 
-Each disk's life is a sequence of its own; eight share a guest, whose power cycles they share, too. The copies are made
-by qemu-img of the frozen images, and compared with replicas that the same operations were applied to.
+Each disk's life is a sequence of its own; nine share a guest, whose power cycles they share, too. The copies are made
+by qemu-img of the frozen images, and compared with replicas that the same operations were applied to. Together the
+lives come by every cell of docs/support.md that libvirt's guests have, but for LUKS.
 A failure names its seed: ``E2E_SEED=N`` runs that one alone.
 """
 
@@ -17,6 +18,7 @@ import pytest
 
 from hvsnap.cli.client import DaemonError
 from hvsnap.wire import Chain
+from tests import support_table
 from tests.e2e.rig import Rig, TestDisk
 from tests.guest.domain import DiskSpec, make_image
 
@@ -28,8 +30,8 @@ ODD_NAME = "an odd, n=m:é'&\" %s name"
 
 
 def make_disks(random: Random, directory: Path) -> list[DiskSpec]:
-    """Make eight disks of all kinds; no size is a multiple of a block."""
-    sizes = [random.randrange(3 * MIB, 9 * MIB) // 512 * 512 for _ in range(8)]
+    """Make nine disks of all kinds; no size is a multiple of a block."""
+    sizes = [random.randrange(3 * MIB, 9 * MIB) // 512 * 512 for _ in range(9)]
     sizes = [size + 512 if size % 65536 == 0 else size for size in sizes]
     template = make_image(directory / "template.qcow2", str(sizes[2] - 70_000 // 512 * 512))
     fill = ["-c", f"write -P 0x77 {random.randrange(MIB)} 1500000", "-c", f"write -P 0x78 {2 * MIB} 300000"]
@@ -57,22 +59,42 @@ def make_disks(random: Random, directory: Path) -> list[DiskSpec]:
         disk(5, bus="scsi", serial="with-a-serial"),
         disk(6, "qcow2", "-o", random.choice(["compat=0.10", "preallocation=metadata"]), driver=NATIVE),
         disk(7, iothread=True),
+        DiskSpec(support_table.data_file_image(directory / "disk8.qcow2", sizes[8])),
     ]
 
 
-def life(rig: Rig, random: Random) -> None:
-    """Let a guest and its disks live for some rounds."""
-    for _ in range(ROUNDS):
+TARGETS = ("vda", "vdb", "vdc", "vdd", "vde", "sdf", "vdg", "vdh", "vdi")
+COLUMNS = dict.fromkeys(TARGETS, "qcow2") | dict.fromkeys(("vdc", "vdd"), "qcow2 on a backing file")
+COLUMNS |= {"vde": "raw", "vdi": "qcow2 with a data file"}
+"""Which column of docs/support.md each disk is of."""
+
+LIVED: dict[int, set[tuple[str, bool, str]]] = {}
+"""The cells that each seed's life has come by."""
+
+
+def capture(rig: Rig, random: Random, cells: set[tuple[str, bool, str]], *, group: bool, stormy: bool) -> None:
+    """Make snapshots of disks of every column; in a storm the guest writes until it is back on its images."""
+    names = support_table.one_of_each(random, COLUMNS)
+    disks = [disk for disk in rig.disks if disk.target in names]
+    way = "libvirt redirect" if rig.guest.active else "libvirt offline"
+    rig.capture(disks, lambda: delete_some(rig, random), random if stormy else None, group=group)
+    cells |= {(way, group, COLUMNS[disk.target]) for disk in disks}
+    for disk in disks:
+        rig.check_disk(disk, "after a capture")
+
+
+def life(rig: Rig, random: Random, seed: int) -> set[tuple[str, bool, str]]:
+    """Let a guest and its disks live for some rounds, and return the cells that they have come by."""
+    cells: set[tuple[str, bool, str]] = set()
+    off = random.randrange(ROUNDS)
+    for number in range(ROUNDS):
         for disk in rig.disks:
             rig.random_operations(random, disk, random.randrange(8))
-        if random.random() < 0.35:
-            power_cycle(rig, random)
-        disks = [disk for disk in rig.disks if random.random() < 0.75] or rig.disks[:1]
-        storm = random if random.random() < 0.7 else None
-        rig.capture(disks, lambda: delete_some(rig, random), storm, group=random.random() < 0.5)
-        for disk in disks:
-            rig.check_disk(disk, "after a capture")
+        if number == off or random.random() < 0.2:
+            power_cycle(rig, random, cells, group=seed % 2 == 0)
+        capture(rig, random, cells, group=(number + seed) % 2 == 0, stormy=random.random() < 0.7)
         delete_some(rig, random)
+    return cells
 
 
 def delete_some(rig: Rig, random: Random) -> None:
@@ -86,7 +108,7 @@ def delete_some(rig: Rig, random: Random) -> None:
                     raise
 
 
-def power_cycle(rig: Rig, random: Random) -> None:
+def power_cycle(rig: Rig, random: Random, cells: set[tuple[str, bool, str]], *, group: bool) -> None:
     """Switch the guest off, well or badly; write to, capture and roll back disks of a guest that is off; start it."""
     for disk in rig.disks:
         rig.flush(disk)  # what a guest did not flush may be lost with its QEMU
@@ -97,8 +119,7 @@ def power_cycle(rig: Rig, random: Random) -> None:
     for disk in random.sample(rig.disks, 3):
         rig.check_disk(disk, "after the guest's end")
         rig.random_operations(random, disk, random.randrange(3))
-    if random.random() < 0.6:
-        rig.capture(random.sample(rig.disks, 3), group=random.random() < 0.5)
+    capture(rig, random, cells, group=group, stormy=False)
     for disk in random.sample(rig.disks, 4):
         if disk.states:
             wanted = random.choice(list(disk.states))
@@ -115,10 +136,17 @@ def test_every_snapshot_of_a_random_life_restores_to_its_instant(
     print(f"seed {seed}")
     random = Random(seed)
     rig = make_rig(make_disks(random, workdir))
-    life(rig, random)
+    assert [disk.target for disk in rig.disks] == list(COLUMNS)
+    LIVED[seed] = life(rig, random, seed)
     for disk in rig.disks:
         rig.check_snapshots(disk, image_format=random.choice(("raw", "qcow2")))
         check_listed(rig, disk)
+
+
+def test_lives_came_by_every_cell_of_the_table() -> None:
+    if set(LIVED) != set(SEEDS) or len(SEEDS) < 2:
+        pytest.skip("not all lives were lived in this process, or not to their end")
+    assert set.union(*LIVED.values()) == support_table.matrix("libvirt redirect", "libvirt offline")
 
 
 def check_listed(rig: Rig, disk: TestDisk) -> None:
