@@ -162,6 +162,10 @@ class Ceph:
                 process.kill()
                 process.wait()
 
+    def admin(self, *words: str) -> bytes:
+        """Ask the gateway's own tool."""
+        return self._run("radosgw-admin", "-c", str(self._config), *words)
+
     # -- inside -----------------------------------------------------------------------------------
 
     def _run(self, *argv: str) -> bytes:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import random
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -245,25 +246,32 @@ class S3Objects:
         else:
             raise ObjectExists(f"{self._named(name)} exists")
 
+        until = _Until(file, time.monotonic() + self._deadline_s)
+
         async def once() -> None:
             await asyncio.to_thread(file.seek, 0)
             await obstore.put_async(
-                self._store, path, file, use_multipart=True, chunk_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE
+                self._store, path, until, use_multipart=True, chunk_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE
             )
 
-        await self._patiently(f"cannot write {self._named(name)}", once)
+        await self._patiently(f"cannot write {self._named(name)}", once, ends_itself=True)
         if await self.size(name) != size_bytes:
             raise StoreFailed(f"{self._named(name)} has not the size that was written", hint="try again")
 
-    async def _patiently(self, what: str, once: Callable[[], Awaitable[T]], deadline_s: float = 0.0) -> T:
-        """Repeat a request until its outcome is certain, with growing, jittered pauses, up to the deadline."""
+    async def _patiently(
+        self, what: str, once: Callable[[], Awaitable[T]], deadline_s: float = 0.0, *, ends_itself: bool = False
+    ) -> T:
+        """Repeat a request until its outcome is certain, with growing, jittered pauses, up to the deadline.
+
+        ``ends_itself``: it must not be cancelled, and sees to the deadline.
+        """
         loop = asyncio.get_running_loop()
         deadline_s = deadline_s or self._deadline_s
         deadline = loop.time() + deadline_s
         pause_s = PAUSE_S_FIRST
         while True:
             try:
-                async with asyncio.timeout_at(deadline):
+                async with asyncio.timeout_at(None if ends_itself else deadline):
                     return await once()
             except (exceptions.NotFoundError, FileNotFoundError) as error:
                 raise NotFound(f"{what}: it is not there") from error
@@ -278,6 +286,27 @@ class S3Objects:
                     raise StoreFailed(f"{what}: {_first_line(error)}", hint=hint) from error
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
             pause_s = min(PAUSE_S_MAX, pause_s * 2)
+
+
+class _Until:
+    """A file that cannot be read any more after a deadline, in seconds of ``time.monotonic``.
+
+    What ends an upload: obstore takes the parts back then. If it were cancelled, the endpoint would keep them.
+    """
+
+    def __init__(self, file: IO[bytes], deadline: float) -> None:
+        self._file = file
+        self._deadline = deadline
+
+    def read(self, size: int = -1) -> bytes:
+        """Return the next bytes."""
+        if time.monotonic() > self._deadline:
+            raise TimeoutError("it takes too long")
+        return self._file.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return whatever else obstore asks a file for."""
+        return getattr(self._file, name)
 
 
 class _CutShort(Exception):

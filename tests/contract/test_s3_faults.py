@@ -1,10 +1,15 @@
-"""What the S3 store promises when endpoint and network fail: a real Ceph gateway behind a proxy that does it."""
+"""What the S3 store promises when endpoint and network fail: a real Ceph gateway behind a proxy that does it.
+
+FAULTS 17.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import io
 import random
 import signal
+import time
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -133,6 +138,22 @@ async def test_a_large_object_survives_faults_whole(ceph: Ceph, proxy: FaultProx
     with pytest.raises(ObjectExists):
         await again.commit()
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_an_upload_that_takes_too_long_leaves_no_parts(ceph: Ceph, tmp_path: Path) -> None:
+    objects = objects_through(ceph, ceph.endpoint, tmp_path, deadline_s=1.0)
+
+    class Slow(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            time.sleep(0.3)
+            return super().read(size)
+
+    with pytest.raises(StoreFailed, match="slow"):
+        await objects._upload("manifests/slow", Slow(bytes(200 << 20)), 200 << 20)
+    listed = await asyncio.to_thread(ceph.admin, "bucket", "list", f"--bucket={BUCKET}", "--max-entries=100000")
+    assert b"manifests/slow" not in listed
+    with pytest.raises(NotFound):
+        await objects.size("manifests/slow")
 
 
 async def test_the_event_loop_stays_responsive_while_the_endpoint_hangs(
