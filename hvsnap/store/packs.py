@@ -19,6 +19,9 @@ from hvsnap.store.pack import (
 )
 from hvsnap.store.repository import Repository
 
+TAIL_BYTES = 32 << 10
+"""What is read of a pack's end at first: its footer, and the index of most packs in a bucket."""
+
 
 class Packs:
     """The packs of one repository."""
@@ -27,6 +30,11 @@ class Packs:
         self._objects = objects
         self._repository = repository
         self._key = repository.keys.pack
+
+    @property
+    def at_once(self) -> int:
+        """How many may be read at once, to lose no time in a bucket."""
+        return self._objects.reads_at_once
 
     def list(self) -> AsyncIterator[ObjectInfo]:
         """Yield names and sizes of all packs, also of those that no index knows."""
@@ -56,8 +64,14 @@ class Packs:
         size_bytes = await self._objects.size(name)
         if size_bytes < HEADER_BYTES + FOOTER_BYTES:
             raise Damaged(f"{name} is too short for a pack")
-        header = await self._objects.get_range(name, 0, HEADER_BYTES)
-        end = await self._objects.get_range(name, size_bytes - FOOTER_BYTES, FOOTER_BYTES)
-        footer = parse_footer(pack, end, size_bytes)
-        body = await self._objects.get_range(name, footer.index_offset, footer.index_bytes)
+        tail_at = max(HEADER_BYTES, size_bytes - TAIL_BYTES)
+        header, tail = await asyncio.gather(
+            self._objects.get_range(name, 0, HEADER_BYTES),
+            self._objects.get_range(name, tail_at, size_bytes - tail_at),
+        )
+        footer = parse_footer(pack, tail[-FOOTER_BYTES:], size_bytes)
+        if footer.index_offset >= tail_at:
+            body = tail[footer.index_offset - tail_at :][: footer.index_bytes]
+        else:
+            body = await self._objects.get_range(name, footer.index_offset, footer.index_bytes)
         return footer, await asyncio.to_thread(parse_index, pack, header, footer, body, self._key)

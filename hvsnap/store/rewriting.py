@@ -7,6 +7,7 @@ stored, and verified on the way: damage is never carried into a new pack.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 from hvsnap.errors import Damaged, FormatUnknown, NotFound, StoreFailed
@@ -58,19 +59,23 @@ class Rewriting:
     ) -> dict[int, str]:
         """Read blocks of one pack, and return those that are damaged, with the reason, by their ids.
 
-        ``read`` is told the bytes of each read before it is made, and may take its time (a rate limit). Raises
-        :class:`StoreFailed` when the store cannot be read: that says nothing about the blocks.
+        Several parts are read at once; ``read`` is told their bytes before, and may take its time (a rate limit).
+        Raises :class:`StoreFailed` when the store cannot be read: that says nothing about the blocks.
         """
         damaged: dict[int, str] = {}
-        for part in plan_reads(enumerate(places), self._repository.block_size):
+        parts = plan_reads(enumerate(places), self._repository.block_size)
+        while some := list(itertools.islice(parts, self._objects.reads_at_once)):
             if read is not None:
-                await read(part.end - part.start)
-            data = await self._read(pack, part.start, part.end)
-            if data is None:
-                damaged |= {place.id: f"{pack} is missing" for place in part.places}
-                continue
-            damaged |= await self._workers.run(self._codec.check, memoryview(data), part.start, part.places)
+                await read(sum(part.end - part.start for part in some))
+            for found in await asyncio.gather(*(self._check(pack, part) for part in some)):
+                damaged |= found
         return damaged
+
+    async def _check(self, pack: str, part: Read) -> dict[int, str]:
+        data = await self._read(pack, part.start, part.end)
+        if data is None:
+            return {place.id: f"{pack} is missing" for place in part.places}
+        return await self._workers.run(self._codec.check, memoryview(data), part.start, part.places)
 
     async def check_index(self, pack: str) -> str:
         """Return what is wrong with a pack's header, index and footer; empty if nothing is."""

@@ -5,6 +5,7 @@ Cheap enough for every day (one small read for each pack). Whether blocks are wh
 
 from __future__ import annotations
 
+import asyncio
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -120,23 +121,29 @@ class Checker:
         listed = {item.name: item.size_bytes async for item in self._store.packs.list()}
         under_way = self._store.intake.under_way
         packs = await self._catalog.upkeep.packs()
-        for pack in packs:
-            result.packs += 1
-            places = await self._catalog.blocks.places_of_pack(pack.number)
-            result.blocks += len(places)
-            found = await self._pack(pack, places)
-            if found and await self._unchanged(pack):
-                result.differences.append(found)
-                if found.kind in (Kind.PACK_MISSING, Kind.PACK_DIFFERS):
-                    damaged.add(np.array([place.id for place in places], np.uint64))
-                if found.kind is Kind.PACK_MISSING:  # deduplication must not refer to it any more
-                    why = dict.fromkeys((place.id for place in places), found.kind.value)
-                    await self._catalog.upkeep.mark_damaged(why, self._clock.now())
+        at_once = self._store.packs.at_once
+        for start in range(0, len(packs), at_once):
+            await asyncio.gather(*(self._one(pack, result, damaged) for pack in packs[start : start + at_once]))
         known = {pack.name for pack in packs} | {pack.name for pack in await self._catalog.upkeep.packs()}
         for name, size_bytes in listed.items():
             if name not in known and name not in under_way:
                 detail = f"{size_bytes} bytes; the next sweep removes it"
                 result.differences.append(Difference(Kind.PACK_UNKNOWN, name, detail))
+
+    async def _one(self, pack: Pack, result: Checked, damaged: IdSet) -> None:
+        """Look at one pack, beside others."""
+        places = await self._catalog.blocks.places_of_pack(pack.number)
+        result.packs += 1
+        result.blocks += len(places)
+        found = await self._pack(pack, places)
+        if found is None or not await self._unchanged(pack):
+            return
+        result.differences.append(found)
+        if found.kind in (Kind.PACK_MISSING, Kind.PACK_DIFFERS):
+            damaged.add(np.array([place.id for place in places], np.uint64))
+        if found.kind is Kind.PACK_MISSING:  # deduplication must not refer to it any more
+            why = dict.fromkeys((place.id for place in places), found.kind.value)
+            await self._catalog.upkeep.mark_damaged(why, self._clock.now())
 
     async def _pack(self, pack: Pack, places: Sequence[BlockPlace]) -> Difference | None:
         """Return what is wrong with one pack, if anything is."""
