@@ -129,6 +129,7 @@ async def test_thawed_at_the_deadline(catalog: Catalog) -> None:
 
 
 async def test_freeze_that_happens_late_is_thawed_as_soon_as_the_agent_answers(catalog: Catalog) -> None:
+    """FAULTS 18."""
     agent = Agent()
     agent.hangs = True
     freezer = Freezer(agent, catalog)
@@ -141,6 +142,7 @@ async def test_freeze_that_happens_late_is_thawed_as_soon_as_the_agent_answers(c
 
 
 async def test_thaw_that_is_owed_survives_the_daemon(catalog: Catalog) -> None:
+    """FAULTS 18."""
     agent = Agent()
     agent.hangs = True
     async with Freezer(agent, catalog).frozen([GUEST.uuid], 5.0) as freezes:

@@ -36,6 +36,7 @@ SNAPSHOT = a_snapshot(
     read_bytes=2**50,
     stored_bytes=17,
     impact=Impact(900.5, 1100.0, 0.0, None, 1.25, 8 << 20),
+    skew_ms=12.345,
 )
 HEAD = ManifestHead(SNAPSHOT, DISK, BLOCK, "<domain>\n</domain>")
 
@@ -107,20 +108,28 @@ def test_a_snapshot_without_pages_is_a_manifest() -> None:
     assert decode(encode([], empty)) == (empty, [])
 
 
-def test_a_manifest_of_before_impacts_were_measured_is_read() -> None:
+def test_a_manifest_of_before_impacts_and_skews_were_measured_is_read() -> None:
     document = json.loads(encode_document(HEAD))
-    del document["snapshot"]["impact"]
+    del document["snapshot"]["impact"], document["snapshot"]["skew_ms"]
     data = Forger().start(json.dumps(document).encode())
     for page in PAGES:
         data.page(page.number, page.index.tolist(), raw=page.index.astype("<u2").tobytes() + page.digests.tobytes())
     head, _pages = decode(data.end(len(PAGES), sum(page.index.size for page in PAGES)))
-    assert head == replace(HEAD, snapshot=replace(SNAPSHOT, impact=None))
+    assert head == replace(HEAD, snapshot=replace(SNAPSHOT, impact=None, skew_ms=None))
 
 
 @pytest.mark.parametrize("changes", [{"slowdown": -1.0}, {"held_iops": "1"}, {"rate_low_bytes_s": 0.5}])
 def test_an_impact_that_is_none_is_damage(changes: dict[str, object]) -> None:
     document = json.loads(encode_document(HEAD))
     document["snapshot"]["impact"] |= changes
+    with pytest.raises(Damaged):
+        decode(Forger().start(json.dumps(document).encode()).end(0, 0))
+
+
+@pytest.mark.parametrize("skew_ms", [-0.001, "1", True, [1.0]])
+def test_a_skew_that_is_none_is_damage(skew_ms: object) -> None:
+    document = json.loads(encode_document(HEAD))
+    document["snapshot"]["skew_ms"] = skew_ms
     with pytest.raises(Damaged):
         decode(Forger().start(json.dumps(document).encode()).end(0, 0))
 
@@ -141,6 +150,7 @@ def test_the_forger_of_these_tests_can_make_a_good_manifest() -> None:
 
 
 def test_every_flipped_bit_is_noticed_before_its_page_is_handed_out() -> None:
+    """FAULTS 12."""
     data = encode()
     for at in range(len(data)):
         damaged = data[:at] + bytes([data[at] ^ (1 << at % 8)]) + data[at + 1 :]
@@ -158,6 +168,7 @@ def test_every_flipped_bit_is_noticed_before_its_page_is_handed_out() -> None:
 
 
 def test_a_manifest_cut_at_any_length_is_refused() -> None:
+    """FAULTS 12."""
     data = encode()
     for length in range(len(data)):
         with pytest.raises(Damaged):
@@ -249,6 +260,7 @@ def test_pages_against_the_rules_are_refused_by_reader_and_writer(pages: list[tu
     ids=range(21),
 )
 def test_sizes_and_counts_that_lie_are_refused(forged: bytes) -> None:
+    """FAULTS 30."""
     for piece in (64, 1 << 20):
         with pytest.raises(Damaged):
             decode(forged, piece)
