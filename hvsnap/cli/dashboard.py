@@ -8,32 +8,26 @@ import os
 import signal
 import sys
 import time
-from typing import Any, Protocol
+from typing import Protocol
 
 from pydantic import ValidationError
 from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
 from hvsnap import config
 from hvsnap.cli import render
 from hvsnap.cli.complaints import INTERRUPTED
+from hvsnap.cli.picture import picture
 from hvsnap.cli.session import Session, json_text, say
 from hvsnap.cli.text import one_line, safe
 from hvsnap.errors import BadRequest
 from hvsnap.mqtt.board import Board, Message
-from hvsnap.mqtt.messages import DiskState, Health, HostStatus, ProgressReport, PublishedEvent
+from hvsnap.mqtt.messages import DiskState, HostStatus, ProgressReport, PublishedEvent
 from hvsnap.mqtt.subscriber import Arrived, Link, subscribe
 
 REDRAW_S = 0.5
 LINE_INTERVAL_S = 5.0
 """Off a terminal, progress of one thing is told at most so often."""
-
-ROWS_MAX = 12
-"""Of each table, so that all of them fit; the rest is counted."""
-
-_COLOURS = {Health.OK: "green", Health.FAILED: "red", Health.UNPROTECTED: "yellow", Health.UNUSUAL: "magenta"}
 
 
 def settings(url: str, prefix: str, user: str, **files: str) -> config.Mqtt:
@@ -169,8 +163,9 @@ class _Picture:
         self._board = board
         self._url = url
         self._link = Link("not connected yet")
+        self._console = Console()
         self._live = Live(
-            get_renderable=self._draw, console=Console(), screen=True, refresh_per_second=1 / REDRAW_S
+            get_renderable=self._draw, console=self._console, screen=True, refresh_per_second=1 / REDRAW_S
         )  # fmt: skip
 
     def __enter__(self) -> _Picture:
@@ -187,78 +182,4 @@ class _Picture:
         pass
 
     def _draw(self) -> Group:
-        return picture(self._board, self._url, self._link, time.monotonic())
-
-
-def picture(board: Board, url: str, link: Link, now_s: float) -> Group:
-    """Return what a terminal shows."""
-    state = Text(f" {safe(url)}: ") + (Text(one_line(link.error), "red") if link.error else Text("connected", "green"))
-    if board.unreadable:
-        state.append(f"  ({board.unreadable} messages of another form)", "dim")
-    return Group(state, _hosts(board, now_s), _under_way(board, now_s), _chains(board), _troubles(board))
-
-
-def _table(title: str, names: list[str], rows: list[list[Any]]) -> Table:
-    more = f", {ROWS_MAX} of {len(rows)}" if len(rows) > ROWS_MAX else ""
-    table = Table(title=f"{title}{more}", title_justify="left", expand=True, box=None, header_style="bold")
-    for name in names:
-        table.add_column(name, no_wrap=True, overflow="ellipsis")
-    for row in rows[:ROWS_MAX]:
-        # Text, never markup: names are the guests'.
-        table.add_row(*(cell if isinstance(cell, Text) else Text(one_line(str(cell))) for cell in row))
-    return table
-
-
-def _hosts(board: Board, now_s: float) -> Table:
-    rows = []
-    for host in sorted(board.hosts.values(), key=lambda one: one.name):
-        disks = board.of_host(host.name)
-        count = {health: sum(1 for one in disks if one.health is health) for health in Health}
-        word = host.presence(now_s)
-        stored = sum(one.stored_bytes or 0 for one in disks)
-        free = "" if host.free_bytes is None else f"{render.size(host.free_bytes)} of {render.size(host.total_bytes)}"
-        version = "" if host.status is None else host.status.hvsnap
-        rows.append(
-            [
-                host.name, Text(word, "green" if word == "online" else "red"), version, len(disks),
-                Text(str(count[Health.FAILED]), "red" if count[Health.FAILED] else ""),
-                Text(str(count[Health.UNPROTECTED]), "yellow" if count[Health.UNPROTECTED] else ""),
-                render.size(stored), Text(free, "yellow"), Text(str(host.troubles), "red" if host.troubles else ""),
-            ]
-        )  # fmt: skip
-    names = ["HOST", "STATE", "HVSNAP", "DISKS", "FAILED", "UNPROTECTED", "STORED", "NEARLY FULL", "TROUBLES"]
-    return _table("Hosts", names, rows)
-
-
-def _under_way(board: Board, now_s: float) -> Table:
-    rows = [
-        [one.host, one.guest or "", one.target or "", one.id, f"{one.progress} %", render.size(one.total_bytes),
-         f"{render.size(one.rate_bytes_s)}/s", render.duration(one.eta_s)]
-        for one in board.live(now_s)
-    ]  # fmt: skip
-    return _table("Under way", ["HOST", "GUEST", "DISK", "WHAT", "DONE", "OF", "RATE", "LEFT"], rows)
-
-
-def _chains(board: Board) -> Table:
-    rows = []
-    for one in board.attention():
-        last = render.when(one.last_snapshot.created_at) if one.last_snapshot else "-"
-        why = one.last_failure.error if one.last_failure else _unusual(one)
-        health = Text(one.health, _COLOURS[one.health])
-        rows.append(
-            [one.host, one.guest, one.target, health, one.snapshots, render.size(one.stored_bytes), last, why]
-        )  # fmt: skip
-    return _table("Chains", ["HOST", "GUEST", "DISK", "HEALTH", "NODES", "STORED", "LAST SNAPSHOT", "WHY"], rows)
-
-
-def _unusual(one: DiskState) -> str:
-    return "" if one.alarm is None else f"{one.alarm.level}: see {one.alarm.snapshot}"
-
-
-def _troubles(board: Board) -> Table:
-    rows = [
-        [render.when(one.at), one.host, Text(safe(one.type), "red"), one.payload.get("guest") or "",
-         one.payload.get("error") or one.payload.get("detail") or one.payload.get("level") or ""]
-        for one in reversed(board.troubles)
-    ]  # fmt: skip
-    return _table("Troubles since the start", ["AT", "HOST", "WHAT", "GUEST", "WHY"], rows)
+        return Group(*picture(self._board, self._url, self._link, time.monotonic(), self._console.size))

@@ -96,7 +96,7 @@ ROOMS = {
 NBD = {"capture.giveback", "capture.reader", "restore.writer"}
 """The adapter to libnbd lies in the rooms that read and write with it."""
 
-WITHOUT_A_DAEMON = {"cli.dashboard", "cli.host", "cli.hooks"}
+WITHOUT_A_DAEMON = {"cli.dashboard", "cli.host", "cli.hooks", "cli.picture"}
 """Commands that are the daemon, or do without one; all others know it by its socket only."""
 
 DOERS = {"asyncio", "http", "multiprocessing", "socket", "sqlite3", "subprocess", "tempfile", "threading", "shutil"}
