@@ -7,16 +7,18 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.oracle import check_same
+from hvsnap import wire
+from tests.e2e.oracle import Operation, check_same, load
 from tests.e2e.scenarios import write
 from tests.e2e_bare.conftest import MakeRig
 from tests.e2e_bare.rig import QUICK, BareRig, a_disk, guests
-from tests.guest.bare import BareDisk
+from tests.guest.bare import BareDisk, BareGuest
+from tests.guest.domain import make_image
 from tests.guest.libvirtd import wait_for
 from tests.strace import injected
 
@@ -144,6 +146,48 @@ def test_a_save_to_a_file_fails_in_a_fleece_and_the_guest_goes_on(make_rig: Make
     assert saved(rig, workdir) == "completed"
 
 
+def test_a_guest_migrated_away_in_a_capture_keeps_its_overlay_until_it_ends(
+    make_rig: MakeRig, make_bare: Callable[..., BareGuest], workdir: Path
+) -> None:
+    """FAULTS 20: its disk is the overlay, wherever it runs: locked, so not merged, and never taken for a stray one."""
+    rig = make_rig([a_disk(workdir)], "redirect")
+    disk = rig.disks[0]
+    rig.do(disk, write(0, 2 * MIB, 6))
+    rig.capture(rig.disks)
+    rig.do(disk, write(MIB, 2 * MIB, 7))
+    frozen = rig.present(disk)
+    with rig.daemon.gate("read") as gate:
+        made = rig.daemon.begin(rig.guest.name)
+        gate.reached(made[0].id)
+        rig.do(disk, write(3 * MIB, MIB, 8))
+        (overlay,) = workdir.glob("*.overlay")
+        away = make_bare([BareDisk(overlay)], extra=["-incoming", f"unix:{workdir}/incoming"]).start()
+        rig.qmp("migrate", uri=f"unix:{workdir}/incoming")
+        wait_for(lambda: rig.qmp("query-migrate").get("status") == "completed", "the end of the migration")
+        wait_for(lambda: away.qmp("query-status")["running"], "the guest to go on elsewhere")
+        rig.guest.quit()
+    (ended,) = rig.daemon.ended(made)
+    assert ended.state == "accomplished"
+    check_same(rig.restored(ended.id), frozen, "the snapshot of a guest that went away")
+    away.qemu_io(f"write -P 9 {5 * MIB} {MIB}")
+    wait_for(lambda: rig.daemon.status().captures == 0, "the end of the attempts to merge", 60)
+    with rig.daemon.client() as client:
+        (told,) = client.post("/recover", wire.Recovery).operations
+        assert told.outcome == "still-open"
+        assert overlay.exists()
+        assert away.qmp("query-status")["running"]
+        away.quit()
+        (told,) = client.post("/recover", wire.Recovery).operations
+        assert told.outcome != "still-open"
+    rig.daemon.settled()
+    disk.replica.data[5 * MIB : 6 * MIB] = 9
+    rig.check_on_images()
+    rig.check_disk(disk, "with what was written elsewhere")
+    rig.guest.start()
+    rig.capture(rig.disks)
+    rig.check_snapshots(disk)
+
+
 def saved(rig: BareRig, workdir: Path) -> str:
     rig.qmp("migrate", uri=f"exec:cat > {workdir}/saved")
     wait_for(lambda: rig.qmp("query-migrate").get("status") in ("completed", "failed"), "the end of the save")
@@ -160,6 +204,29 @@ def test_a_qemu_that_hangs_is_told_and_left_alone(make_rig: MakeRig, workdir: Pa
     finally:
         os.kill(rig.guest.pid, signal.SIGCONT)
     rig.capture(rig.disks)
+
+
+@pytest.mark.parametrize("mode", ["fleece", "redirect"])
+def test_a_qcow2_header_in_a_raw_disk_of_a_bare_guest_stays_bytes(
+    make_rig: MakeRig, workdir: Path, mode: str
+) -> None:  # fmt: skip
+    """FAULTS 31: whoever probed the image would read the file of the host that the header names."""
+    secret = workdir / "secret"
+    secret.write_bytes(b"secret of the host" * 5000)
+    evil = make_image(workdir / "evil.qcow2", "8M", "qcow2", "-b", str(secret), "-F", "raw")
+    rig = make_rig([a_disk(workdir, image_format="raw")], mode)
+    disk = rig.disks[0]
+    rig.do(disk, write(0, 8 * MIB, 1), Operation("write", 0, evil.stat().st_size, load(evil)))
+    rig.capture(rig.disks, lambda: rig.do(disk, write(5 * MIB, 5, 2)))
+    rig.check_disk(disk, "a raw disk with a header")
+    rig.guest.quit()
+    (offline,) = rig.capture(rig.disks)
+    rig.do(disk, write(0, 10, 3))
+    rig.roll_back(disk, offline.id)
+    rig.check_snapshots(disk)
+    rig.guest.start()
+    rig.capture(rig.disks)
+    rig.check_snapshots(disk)
 
 
 @pytest.mark.parametrize("image_format", ["qcow2", "raw"])
