@@ -9,7 +9,7 @@ SHELL := /bin/bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 SOURCES := hvsnap tests bench
-AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=PYTHONUNBUFFERED,HVSNAP_TEST_CACHE,HVSNAP_TEST_ALL,HVSNAP_BENCH_CACHE,E2E_SEED,HYPOTHESIS_PROFILE,CI)
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=PYTHONUNBUFFERED,HVSNAP_TEST_CACHE,HVSNAP_TEST_ALL,HVSNAP_BENCH_CACHE,E2E_SEED,ROUNDS,HYPOTHESIS_PROFILE,CI)
 export PYTHONUNBUFFERED := 1
 
 # A few more words for pytest: make test ARGS="-k rollback"
@@ -27,6 +27,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  make test TESTS=tests/unit ARGS='-k chain'   a part of the tests"
+	@echo "  make test TESTS='tests/faults tests/e2e_bare' ROUNDS=500   a longer kill loop (0: kill at every point)"
 
 setup: ## install what is needed from Debian and PyPI (again: under a second)
 	@scripts/setup.sh demo test

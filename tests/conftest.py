@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.faults import rounds
 from tests.guest.domain import DiskSpec, Guest
 from tests.guest.image import GuestImage, build
 from tests.guest.libvirtd import Libvirtd
@@ -98,3 +99,11 @@ def make_guest(libvirtd: Libvirtd, workdir: Path) -> Iterator[Callable[..., Gues
     yield make
     for guest in made:
         guest.remove()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Tell how many rounds the kill loop made."""
+    reports = [one for kind in ("passed", "failed") for one in terminalreporter.stats.get(kind, [])]
+    line = rounds.summary(noted for one in reports if one.when == "call" for noted in one.user_properties)
+    if line:
+        terminalreporter.write_line(line)

@@ -469,6 +469,7 @@ async def test_an_unknown_block_is_damage(store: PackedBlocks) -> None:
 async def test_a_missing_swapped_or_cut_pack_is_named(
     store: PackedBlocks, index: BlockIndex, memory: MemoryObjects
 ) -> None:
+    """FAULTS 12."""
     rng = seeded()
     blocks, names = [], []
     for _ in range(2):
@@ -495,6 +496,7 @@ async def test_a_missing_swapped_or_cut_pack_is_named(
 async def test_a_flipped_bit_anywhere_is_never_handed_out(
     store: PackedBlocks, index: BlockIndex, memory: MemoryObjects, kind: str
 ) -> None:
+    """FAULTS 12."""
     rng = seeded()
     session = store.session()
     contents = [a_block(rng, kind) for _ in range(3)]

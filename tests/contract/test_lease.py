@@ -1,4 +1,7 @@
-"""One writer per repository, on each kind of store."""
+"""One writer per repository, on each kind of store.
+
+FAULTS 15.
+"""
 
 from __future__ import annotations
 

@@ -45,6 +45,7 @@ def leftovers(root: Path) -> list[str]:
 
 
 async def test_a_full_device_leaves_nothing_and_works_again_with_space(small_device: Path) -> None:
+    """FAULTS 10."""
     objects = LocalObjects(small_device)
     await objects.put("ballast", bytes(600_000))
     with pytest.raises(NoSpace) as caught:
@@ -60,7 +61,7 @@ async def test_a_full_device_leaves_nothing_and_works_again_with_space(small_dev
 async def test_a_failed_fsync_is_final_for_that_object(
     root: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
-    """Each fsync on an object's way fails once, and succeeds when it is tried again."""
+    """Each fsync on an object's way fails once, and succeeds when it is tried again. FAULTS 11."""
     real, calls = os.fsync, 0
 
     def fsync(descriptor: int) -> None:

@@ -113,7 +113,7 @@ async def test_equal_content_in_two_repositories_has_nothing_in_common() -> None
 
 
 async def test_every_byte_of_every_object_counts() -> None:
-    """Flipped, cut, swapped: it is noticed by whoever reads it, and never read as something else."""
+    """Flipped, cut, swapped: it is noticed by whoever reads it, and never read as something else. FAULTS 12."""
     objects = MemoryObjects()
     store, ids, content = await filled(objects, RAW)
     index = store._index
@@ -176,6 +176,7 @@ async def test_a_block_opens_in_its_own_place_only() -> None:
 
 @pytest.mark.parametrize("content", [b"", b"x", zstandard.ZstdCompressor().compress(bytes(64 << 20))])
 async def test_a_bomb_in_a_seal_costs_nothing(content: bytes) -> None:
+    """FAULTS 30."""
     store = await open_store(MemoryObjects(), MemoryIndex(), key=RAW)
     digest = b"d" * 32
     sealed = Seal(store.repository.keys.seal, store.repository.id).seal(b"block", digest, content)
@@ -197,6 +198,7 @@ async def test_a_bomb_in_a_seal_costs_nothing(content: bytes) -> None:
 async def test_the_wrong_key_is_refused_and_nothing_touched(
     made_with: StoreKey | None, opened_with: StoreKey | None, why: str
 ) -> None:
+    """FAULTS 30."""
     objects = MemoryObjects()
     store, _ids, _content = await filled(objects, made_with)
     await store.close()
@@ -207,6 +209,7 @@ async def test_the_wrong_key_is_refused_and_nothing_touched(
 
 
 async def test_a_key_is_changed_without_touching_the_rest() -> None:
+    """FAULTS 30."""
     objects = MemoryObjects()
     store, ids, content = await filled(objects, RAW)
     index = store._index
@@ -236,6 +239,7 @@ async def test_an_interrupted_change_leaves_both_keys_and_an_interrupted_creatio
 
 
 def test_what_a_key_file_may_hold(tmp_path: Path) -> None:
+    """FAULTS 30."""
     raw = os.urandom(32)
     assert StoreKey.read(key_file(tmp_path, raw.hex())).raw == raw
     assert StoreKey.read(key_file(tmp_path, base64.b64encode(raw).decode())).raw == raw

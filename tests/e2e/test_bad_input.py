@@ -162,6 +162,7 @@ REFUSED: dict[str, tuple[Call, str, int]] = {
 
 
 def test_requests_that_cannot_be_met_are_refused_and_change_nothing(rig: Rig) -> None:
+    """FAULTS 27, 29."""
     with unchanged(rig), rig.daemon.client() as client:
         for what, (call, code, exit_status) in REFUSED.items():
             with pytest.raises(DaemonError) as caught:
@@ -173,6 +174,7 @@ def test_requests_that_cannot_be_met_are_refused_and_change_nothing(rig: Rig) ->
 
 
 def test_dangling_link_as_target_is_refused(rig: Rig) -> None:
+    """FAULTS 29."""
     link = rig.scratch / "link"
     link.symlink_to(rig.scratch / "elsewhere")
     with unchanged(rig), rig.daemon.client() as client, pytest.raises(DaemonError) as caught:
@@ -273,6 +275,7 @@ def remount(directory: Path, options: str) -> None:
 def test_full_and_read_only_store_fail_captures_and_cost_the_guest_nothing(
     make_guest: Callable[..., Guest], libvirtd: Libvirtd, workdir: Path
 ) -> None:
+    """FAULTS 10."""
     guest = make_guest([DiskSpec(make_image(workdir / "a.qcow2", "16M"))], agent=False).start()
     with tmpfs(workdir / "store", "10M") as store:
         daemon = DoctoredDaemon(workdir, libvirtd.uri, store=f'url = "file://{store}"')
@@ -317,6 +320,7 @@ def test_daemon_does_not_start_on_a_store_that_cannot_be_written(libvirtd: Libvi
 
 
 def test_no_space_for_overlays_fails_captures_and_costs_the_guest_nothing(workdir: Path) -> None:
+    """FAULTS 9."""
     with tmpfs(workdir / "overlays", "3M") as overlays, Libvirtd(short_directory()) as own:
         specs = [DiskSpec(make_image(workdir / "a.qcow2", "16M"))]
         guest = Guest(own, workdir, workdir.name, specs, agent=False).define()

@@ -103,6 +103,7 @@ def make_template(directory: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["qcow2", "template", "raw"])
 def test_zeroed_and_discarded_ranges_restore_as_zeroes(shelf: Shelf, kind: str) -> None:
+    """FAULTS 21."""
     disk = shelf.take(kind)
     for how in ("zero", "unmap", "discard"):
         scenarios.zeroed(shelf.rig, disk, how)
@@ -149,6 +150,7 @@ def test_rolled_back_disk_goes_on_from_there(make_rig: Callable[..., Rig], workd
 
 
 def test_damaged_store_is_never_restored_from(make_rig: Callable[..., Rig], workdir: Path) -> None:
+    """FAULTS 12."""
     rig = make_rig([DiskSpec(make_image(workdir / "a.qcow2", str(SIZE)))])
     scenarios.damaged_store(rig, rig.disks[0])
 
@@ -204,6 +206,8 @@ def loses_its_bitmap(rig: Rig, disk: TestDisk, lose: Callable[[str, str], None],
 
 
 def test_bitmap_removed_by_somebody_means_a_rescan(shelf: Shelf) -> None:
+    """FAULTS 7."""
+
     def remove(node: str, name: str) -> None:
         shelf.rig.qmp("block-dirty-bitmap-remove", node=node, name=name)
 
@@ -220,6 +224,8 @@ def test_bitmap_removed_by_somebody_means_a_rescan(shelf: Shelf) -> None:
     ids=["disabled", "coarse", "transient"],
 )
 def test_foreign_bitmap_of_our_name_is_not_believed(shelf: Shelf, options: dict[str, object]) -> None:
+    """FAULTS 7."""
+
     def replace(node: str, name: str) -> None:
         shelf.rig.qmp("block-dirty-bitmap-remove", node=node, name=name)
         shelf.rig.qmp("block-dirty-bitmap-add", node=node, name=name, **options)
@@ -228,6 +234,7 @@ def test_foreign_bitmap_of_our_name_is_not_believed(shelf: Shelf, options: dict[
 
 
 def test_guest_killed_leaves_an_inconsistent_bitmap_and_a_rescan(make_rig: Callable[..., Rig], workdir: Path) -> None:
+    """FAULTS 6."""
     rig = make_rig([DiskSpec(make_image(workdir / "a.qcow2", str(SIZE)))])
     (disk,) = rig.disks
 
@@ -265,6 +272,7 @@ def test_offline_writes_through_qemu_are_in_the_bitmap(off: Shelf) -> None:
 
 
 def test_offline_replacement_by_another_image_means_a_rescan(off: Shelf) -> None:
+    """FAULTS 7."""
     rig, disk = off.rig, off.take("qcow2")
     other = make_image(rig.scratch / "other.raw", str(SIZE), "raw")
     other.write_bytes(Random(6).randbytes(SIZE))
@@ -274,7 +282,10 @@ def test_offline_replacement_by_another_image_means_a_rescan(off: Shelf) -> None
 
 
 def test_offline_writes_of_a_program_without_bitmaps_mean_a_rescan(off: Shelf) -> None:
-    """A program that knows qcow2 but not its bitmaps clears the header's autoclear bits, as the format demands."""
+    """A program that knows qcow2 but not its bitmaps clears the header's autoclear bits, as the format demands.
+
+    FAULTS 7.
+    """
     rig, disk = off.rig, off.take("qcow2")
     with disk.spec.path.open("r+b") as image:
         image.seek(88)
@@ -290,6 +301,7 @@ def test_offline_writes_of_a_program_without_bitmaps_mean_a_rescan(off: Shelf) -
 
 
 def test_offline_writes_into_a_raw_file_are_found(off: Shelf) -> None:
+    """FAULTS 7."""
     rig, disk = off.rig, off.take("raw")
     with disk.spec.path.open("r+b") as image:
         image.seek(5 * BLOCK + 3)
@@ -300,7 +312,10 @@ def test_offline_writes_into_a_raw_file_are_found(off: Shelf) -> None:
 
 @pytest.mark.parametrize("when", ["before-the-snapshot", "after-the-snapshot"])
 def test_image_put_back_from_a_copy_is_captured_rightly(off: Shelf, when: str) -> None:
-    """The copy has the bitmap of its own time: an older one's name is unknown, the present one's content is right."""
+    """The copy has the bitmap of its own time: an older one's name is unknown, the present one's content is right.
+
+    FAULTS 7.
+    """
     rig, disk = off.rig, off.take("qcow2")
     if when == "after-the-snapshot":
         rig.capture([disk])
@@ -329,7 +344,10 @@ def test_qemu_refuses_to_revert_an_internal_snapshot_behind_the_bitmap(off: Shel
 
 
 def test_raw_disk_with_a_qcow2_header_stays_raw(make_rig: Callable[..., Rig], workdir: Path) -> None:
-    """A guest can write any header into its raw disk; whoever probed it would open the host's files for it."""
+    """A guest can write any header into its raw disk; whoever probed it would open the host's files for it.
+
+    FAULTS 31.
+    """
     secret = workdir / "secret"
     secret.write_bytes(b"secret of the host" * 5000)
     evil = make_image(workdir / "evil.qcow2", str(SIZE), "qcow2", "-b", str(secret), "-F", "raw")
@@ -362,6 +380,7 @@ def test_raw_disk_with_a_qcow2_header_stays_raw(make_rig: Callable[..., Rig], wo
 def test_resized_disk_is_rescanned_and_old_snapshots_keep_their_size(
     kind: str, make_rig: Callable[..., Rig], workdir: Path
 ) -> None:
+    """FAULTS 20."""
     rig = make_rig([DiskSpec(make_image(workdir / f"a.{kind}", str(SIZE), kind), kind)])
     (disk,) = rig.disks
     rig.do(disk, write(0, disk.size, 1))
@@ -491,6 +510,7 @@ def test_guest_started_while_a_rollback_looks_at_its_disk_leaves_nothing(off: Sh
 
 @pytest.mark.parametrize("kind", ["qcow2", "raw"])
 def test_rollback_of_an_image_that_another_program_has_open_changes_nothing(off: Shelf, kind: str) -> None:
+    """FAULTS 27."""
     rig, disk = off.rig, off.take(kind)
     socket = rig.scratch / "theirs.sock"
     theirs = subprocess.Popen(["qemu-nbd", "-t", "-f", disk.spec.format, "-k", str(socket), str(disk.spec.path)])
@@ -510,7 +530,10 @@ def test_rollback_of_an_image_that_another_program_has_open_changes_nothing(off:
 
 @pytest.mark.parametrize("kind", ["qcow2", "raw"])
 def test_guest_that_ran_after_a_rollback_was_cut_off_keeps_what_it_wrote(off: Shelf, kind: str) -> None:
-    """The daemon dies when all is written and before the rollback ends; the guest runs; the daemon comes back."""
+    """The daemon dies when all is written and before the rollback ends; the guest runs; the daemon comes back.
+
+    FAULTS 26.
+    """
     rig, disk = off.rig, off.take(kind)
     wanted = next(iter(disk.states))
     with rig.daemon.gate("written") as gate:

@@ -116,6 +116,7 @@ def test_snapshots_new_disks_and_rollbacks_by_commands_bring_the_bytes_back(
 
 
 def test_one_daemon_at_a_time_and_it_ends_by_sigterm_and_ctrl_c(hvsnap: CommandLine) -> None:
+    """FAULTS 15."""
     hvsnap.start_daemon()
     second = hvsnap("daemon")
     assert second.status == 5

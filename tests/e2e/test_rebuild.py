@@ -93,6 +93,7 @@ def test_the_catalog_is_lost_and_made_anew(
 def test_a_damaged_catalog_is_replaced_and_kept_and_a_damaged_store_is_told_of(
     hvsnap: CommandLine, make_guest: Callable[..., Guest], workdir: Path
 ) -> None:
+    """FAULTS 14."""
     disk = make_image(workdir / "a.qcow2", "64M")
     guest = make_guest([DiskSpec(disk)])
     write(disk, f"write -s {noise(workdir, 1)} 0 2M")
@@ -121,6 +122,7 @@ def test_a_damaged_catalog_is_replaced_and_kept_and_a_damaged_store_is_told_of(
 def test_an_old_copy_of_the_store_is_noticed(
     libvirtd: Libvirtd, make_guest: Callable[..., Guest], workdir: Path
 ) -> None:
+    """FAULTS 13."""
     disk = make_image(workdir / "a.qcow2", "64M")
     guest = make_guest([DiskSpec(disk)]).start()
     daemon = Daemon(workdir, libvirtd.uri).start()

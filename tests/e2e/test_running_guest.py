@@ -139,6 +139,7 @@ def test_disks_of_a_group_hold_the_same_instant(rig: Rig) -> None:
 
 
 def test_trimmed_file_system_restores_and_costs_nothing(rig: Rig) -> None:
+    """FAULTS 21."""
     disk = rig.disks[2]
     guest = rig.guest
     guest.run("dd if=/dev/urandom of=/mnt/big bs=64k count=64 2>/dev/null; umount /mnt")
@@ -221,6 +222,7 @@ def test_disks_captured_side_by_side_do_not_thaw_each_other(rig: Rig) -> None:
 
 @pytest.mark.parametrize("consistency", ["auto", "app"])
 def test_guest_is_thawed_at_the_deadline_while_the_switch_hangs(rig: Rig, consistency: str) -> None:
+    """FAULTS 18."""
     with rig.daemon.gate("switch") as gate:
         made = rig.daemon.begin(rig.guest.name, ["vdc"], consistency=consistency)
         gate.reached(rig.guest.uuid)

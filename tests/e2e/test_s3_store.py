@@ -69,6 +69,7 @@ def test_snapshots_in_a_bucket_restore_byte_for_byte(
 
 
 def test_a_second_daemon_on_the_same_bucket_is_refused(ceph: Ceph, libvirtd: Libvirtd, workdir: Path) -> None:
+    """FAULTS 15."""
     tables = s3_tables(ceph, workdir / "key", "shared")
     first = Daemon(workdir, libvirtd.uri, **tables).start()
     other_directory = workdir / "other"

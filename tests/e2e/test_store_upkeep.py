@@ -42,6 +42,7 @@ def noise(scratch: Path, seed: int, size: int) -> str:
 def test_space_comes_back_and_damage_is_found_and_healed_by_commands(
     hvsnap: CommandLine, make_guest: Callable[..., Guest], workdir: Path
 ) -> None:
+    """FAULTS 12."""
     disk = make_image(workdir / "a.qcow2", "64M")
     guest = make_guest([DiskSpec(disk)])
     store = workdir / "state" / "store"
@@ -97,7 +98,10 @@ SECONDS = float(os.environ.get("HVSNAP_STRESS_S", "20"))
 def test_captures_deletions_sweeps_and_verification_at_once_under_kills(
     libvirtd: Libvirtd, make_guest: Callable[..., Guest], workdir: Path
 ) -> None:
-    """Every accomplished snapshot restores byte for byte, whatever was killed when; nothing is left at the end."""
+    """Every accomplished snapshot restores byte for byte, whatever was killed when; nothing is left at the end.
+
+    FAULTS 28.
+    """
     seed = int(os.environ.get("E2E_SEED", Random().randrange(2**31)))
     print(f"E2E_SEED={seed}")
     rng = Random(seed)

@@ -252,6 +252,7 @@ def test_a_qemu_of_another_user_is_captured(
 def test_captures_of_two_disks_share_qemus_server_and_a_lost_monitor_is_found_again(
     make_rig: MakeRig, workdir: Path
 ) -> None:
+    """FAULTS 19."""
     rig = make_rig([a_disk(workdir, "vda"), a_disk(workdir, "vdb")])
     random = Random(4)
     for disk in rig.disks:

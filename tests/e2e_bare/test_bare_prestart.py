@@ -59,6 +59,7 @@ def then_all_is_well(rig: BareRig) -> None:
 
 
 def test_without_a_daemon_the_newest_data_is_merged(make_rig: MakeRig, workdir: Path) -> None:
+    """FAULTS 5."""
     rig = died_redirected(make_rig, workdir, daemon_dies=True)
     with pytest.raises(AssertionError):
         rig.check_disk(rig.disks[0], "the image alone is stale")

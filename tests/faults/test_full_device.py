@@ -60,6 +60,7 @@ async def capture_until_full(house: House, disks: Disks) -> int:
 async def test_captures_fill_the_device_and_deletions_make_room(
     small_device: Path, tmp_path: Path, others: bool
 ) -> None:
+    """FAULTS 10."""
     objects = LocalObjects(small_device / "store")
     async with a_house(small_device / "state", objects) as house:
         lease = WriterLease(objects, "me", "here", ttl_s=60)
@@ -85,7 +86,7 @@ async def test_captures_fill_the_device_and_deletions_make_room(
 async def test_a_sweep_frees_space_even_if_no_manifest_can_be_written(
     small_device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Then the manifests of deleted snapshots stay for a while; the next sweep puts that right."""
+    """Then the manifests of deleted snapshots stay for a while; the next sweep puts that right. FAULTS 10."""
     objects = LocalObjects(small_device)
     async with a_house(tmp_path / "state", objects) as house:
         disks = Disks()

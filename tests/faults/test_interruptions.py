@@ -40,7 +40,10 @@ def new_since(rig: CrashRig, known: set[str]) -> list[str]:
 
 
 def test_sigterm_anywhere_in_a_capture_leaves_the_guest_safe(rigs: Rigs) -> None:
-    """Within 30 s the daemon ends in good order, the guest is on its own image, and nothing is left to recover."""
+    """Within 30 s the daemon ends in good order, the guest is on its own image, and nothing is left to recover.
+
+    FAULTS 4.
+    """
     random = Random(SEED)
     with rigs.lent() as rig:
         rig.write_on()
@@ -80,7 +83,7 @@ LIBVIRTD_DIES = [("freeze", "after"), ("bitmap_add", "before"), ("nbd.start", "a
 
 @pytest.mark.parametrize(("point", "side"), some(LIBVIRTD_DIES, 3))
 def test_libvirtd_killed_in_a_capture(rigs: Rigs, point: str, side: str) -> None:
-    """The capture goes on when it is back, or is given up; the guest never stops writing."""
+    """The capture goes on when it is back, or is given up; the guest never stops writing. FAULTS 19."""
     with rigs.lent() as rig:
         known = set(rig.snapshots())
         rig.write_on()
@@ -112,7 +115,10 @@ STOPS = [(*at, how) for how in ("shutdown", "destroy", "reboot") for at in STOPP
 
 @pytest.mark.parametrize(("point", "side", "how"), some(STOPS, 4))
 def test_guest_stops_in_a_capture(rigs: Rigs, point: str, side: str, how: str) -> None:
-    """Shut down, powered off, rebooted from inside: the snapshot is finished or failed, and the disk is whole."""
+    """Shut down, powered off, rebooted from inside: the snapshot is finished or failed, and the disk is whole.
+
+    FAULTS 20.
+    """
     with rigs.lent() as rig:
         known = set(rig.snapshots())
         rig.write_on()
@@ -139,7 +145,10 @@ def test_guest_stops_in_a_capture(rigs: Rigs, point: str, side: str, how: str) -
 
 @pytest.mark.parametrize("kind", some(["managed", "file"], 1))
 def test_guest_saved_in_a_capture_goes_on_when_it_is_restored(rigs: Rigs, kind: str) -> None:
-    """What is kept of it names the overlay, so the overlay waits for it; nothing is written to its disk meanwhile."""
+    """What is kept of it names the overlay, so the overlay waits for it; nothing is written to its disk meanwhile.
+
+    FAULTS 20.
+    """
     with rigs.lent() as rig:
         known = set(rig.snapshots())
         rig.write_on()
@@ -172,6 +181,7 @@ def test_guest_saved_in_a_capture_goes_on_when_it_is_restored(rigs: Rigs, kind: 
 
 
 def test_rollback_of_a_saved_guest_is_refused(rigs: Rigs) -> None:
+    """FAULTS 27."""
     with rigs.lent() as rig:
         target = rig.snapshots()[-1]
         domain = rig.guest.domain()
@@ -191,7 +201,10 @@ def test_rollback_of_a_saved_guest_is_refused(rigs: Rigs) -> None:
 
 
 def test_disk_unplugged_in_a_capture_is_whole(rigs: Rigs) -> None:
-    """Its image has all that was written, also what went to the overlay; plugged in again it goes on with its chain."""
+    """Its image has all that was written, also what went to the overlay; plugged in again it goes on with its chain.
+
+    FAULTS 20.
+    """
     with rigs.lent() as rig:
         known = set(rig.snapshots())
         (disk,) = rig.disks
@@ -234,7 +247,7 @@ def test_disk_unplugged_in_a_capture_is_whole(rigs: Rigs) -> None:
 
 
 def test_disk_resized_in_a_capture(rigs: Rigs) -> None:
-    """The snapshot has the size of its instant; the next one rescans, and covers the tail."""
+    """The snapshot has the size of its instant; the next one rescans, and covers the tail. FAULTS 20."""
     with rigs.lent() as rig:
         known = set(rig.snapshots())
         (disk,) = rig.disks
@@ -270,6 +283,7 @@ def test_disk_resized_in_a_capture(rigs: Rigs) -> None:
 
 
 def test_agent_that_hangs_makes_a_snapshot_crash_consistent(rigs: Rigs) -> None:
+    """FAULTS 18."""
     with rigs.lent() as rig:
         rig.write_on()
         rig.guest.run("killall -STOP qemu-ga")
@@ -287,7 +301,10 @@ def test_agent_that_hangs_makes_a_snapshot_crash_consistent(rigs: Rigs) -> None:
 
 @pytest.mark.parametrize("point", some(["freeze", "switch_to_overlays"], 1))
 def test_daemon_killed_between_freeze_and_thaw_while_the_agent_hangs(rigs: Rigs, point: str) -> None:
-    """The guest stays frozen as long as its agent hangs; then it is thawed by the daemon that was started meanwhile."""
+    """The guest stays frozen as long as its agent hangs; then it is thawed by the daemon that was started meanwhile.
+
+    FAULTS 18.
+    """
     with rigs.lent() as rig:
         known = set(rig.snapshots())
         rig.write_on()
@@ -305,6 +322,7 @@ def test_daemon_killed_between_freeze_and_thaw_while_the_agent_hangs(rigs: Rigs,
 
 
 def test_frozen_guest_is_thawed_by_the_next_start(rigs: Rigs) -> None:
+    """FAULTS 18."""
     with rigs.lent() as rig:
         known = set(rig.snapshots())
         rig.write_on()

@@ -44,7 +44,7 @@ def attempt(rig: CrashRig) -> str:
 
 
 def test_store_that_fails_once_fails_the_snapshot_and_nothing_else(rigs: Rigs) -> None:
-    """An error of fsync, link or mkdir is final for its file; the next snapshot writes a new one."""
+    """An error of fsync, link or mkdir is final for its file; the next snapshot writes a new one. FAULTS 11."""
     with rigs.lent() as rig:
         rig.write_on()
         points = rig.trace(lambda: rig.capture(rig.disks))
@@ -68,7 +68,7 @@ def test_store_that_fails_once_fails_the_snapshot_and_nothing_else(rigs: Rigs) -
 
 @pytest.mark.parametrize("nth", some([3, 1, 6], 1))
 def test_kernel_that_cannot_sync_once(rigs: Rigs, nth: int) -> None:
-    """The n-th fsync or fdatasync of the whole daemon fails, its catalog's included."""
+    """The n-th fsync or fdatasync of the whole daemon fails, its catalog's included. FAULTS 11."""
     with rigs.lent() as rig:
         known = set(rig.snapshots())
         rig.write_on()
@@ -83,7 +83,10 @@ def test_kernel_that_cannot_sync_once(rigs: Rigs, nth: int) -> None:
 
 @pytest.mark.parametrize("nth", some([7, 1, 2, 4, 12, 20, 33, 50], 2))
 def test_killed_in_a_system_call(rigs: Rigs, nth: int) -> None:
-    """The n-th write or sync of a file by its offset, which is SQLite's way to write, is the daemon's last call."""
+    """The n-th write or sync of a file by its offset, which is SQLite's way to write, is the daemon's last call.
+
+    FAULTS 1.
+    """
     with rigs.lent() as rig:
         known = set(rig.snapshots())
         rig.write_on()
@@ -105,7 +108,7 @@ def test_killed_in_a_system_call(rigs: Rigs, nth: int) -> None:
     ("method", "once"), some([("bitmap", "on"), ("bitmap", "off"), ("full", "off"), ("full", "on")], 2)
 )
 def test_unreadable_sector_fails_the_snapshot(rigs: Rigs, method: str, once: str) -> None:
-    """Never zeroes in its place; the next snapshot, once the disk can be read, misses nothing."""
+    """Never zeroes in its place; the next snapshot, once the disk can be read, misses nothing. FAULTS 8."""
     with rigs.lent() as rig:
         if method == "full":
             rig.fresh_daemon()
@@ -163,6 +166,7 @@ def fill(path: Path) -> None:
 
 
 def test_overlay_that_grows_too_large_gives_the_snapshot_up(small_place: CrashRig) -> None:
+    """FAULTS 9."""
     rig = small_place
     known = set(rig.snapshots())
     rig.write_on()
@@ -178,7 +182,10 @@ def test_overlay_that_grows_too_large_gives_the_snapshot_up(small_place: CrashRi
 
 
 def test_guest_that_was_stopped_by_a_full_overlay_device_goes_on(small_place: CrashRig) -> None:
-    """Somebody else filled the device: QEMU stops the guest at its first write; merged, it goes on where it was."""
+    """Somebody else filled the device: QEMU stops the guest at its first write; merged, it goes on where it was.
+
+    FAULTS 9.
+    """
     rig = small_place
     known = set(rig.snapshots())
     with rig.held_at("nbd.start", "after") as held:
@@ -196,7 +203,10 @@ def test_guest_that_was_stopped_by_a_full_overlay_device_goes_on(small_place: Cr
 
 
 def test_merge_onto_a_full_device_waits_for_room(guest_image: GuestImage) -> None:
-    """Image and overlay are on the same file system, and somebody filled it: no endless loop, and nothing is lost."""
+    """Image and overlay are on the same file system, and somebody filled it: no endless loop, and nothing is lost.
+
+    FAULTS 9.
+    """
     directory = short_directory()
     with small_device("40m") as place, Libvirtd(directory) as libvirtd:
         capture = "space_reserve_bytes = 65536"

@@ -114,6 +114,7 @@ def sweep(rig: OffRig, action: Callable[[], None], count: int, cycle: Callable[[
 
 
 def test_killed_anywhere_in_a_new_disk(rig: OffRig) -> None:
+    """FAULTS 29."""
     snapshot, wanted = next(iter(rig.wanted.items()))
     made = 0
 
@@ -155,6 +156,7 @@ def rollback_action(rig: OffRig, snapshot: str, **options: bool) -> Callable[[],
 
 @pytest.mark.parametrize("safety", [False, True], ids=["plain", "with-safety-snapshot"])
 def test_killed_anywhere_in_a_rollback(rig: OffRig, safety: bool) -> None:
+    """FAULTS 26."""
     targets = list(rig.wanted)
     turns = 0
 

@@ -48,6 +48,7 @@ async def stored_blocks(store: PackedBlocks, index: MemoryIndex) -> int:
 
 @pytest.mark.parametrize("attempt", range(4))
 async def test_a_killed_writer_leaves_whole_packs_with_all_that_was_flushed(tmp_path: Path, attempt: int) -> None:
+    """FAULTS 1."""
     rng = seeded()
     process = writer(tmp_path / "store", rng.randrange(2**16), 1000)
     assert process.stdout is not None
@@ -97,6 +98,7 @@ def small_device(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("free_kib", [0, 4, 64, 128, 400, 1500, 5000])
 async def test_a_device_full_at_any_point_fails_cleanly_and_works_again(small_device: Path, free_kib: int) -> None:
+    """FAULTS 10."""
     rng = seeded()
     objects, index = LocalObjects(small_device), MemoryIndex()
     store = await open_store(objects, index)

@@ -1,4 +1,7 @@
-"""libvirt's hook by itself: what it lets through, what it bars, and that nothing makes it fail or wait."""
+"""libvirt's hook by itself: what it lets through, what it bars, and that nothing makes it fail or wait.
+
+FAULTS 25.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +47,7 @@ def a_bar(why: str, **changes: str) -> Bar:
 
 
 async def test_a_guest_with_an_open_rollback_does_not_start_and_is_told_why(hook: Hook) -> None:
+    """FAULTS 26."""
     guard = StartGuard(hook.state)
     await guard.bar(a_bar(ROLLBACK))
     ran = hook.prepare(domain_xml(IMAGE))

@@ -148,7 +148,7 @@ def test_an_old_or_misled_hook_is_a_problem(host: Host) -> None:
 
 
 def test_guests_start_with_the_daemon_up_down_and_hung(host: Host) -> None:
-    """None is refused, and nothing of it is lost on the daemon."""
+    """None is refused, and nothing of it is lost on the daemon. FAULTS 25."""
     host.libvirtd.start()
     host.guest.define()
     host.install()
@@ -174,6 +174,8 @@ def test_a_start_is_held_up_no_longer_than_promised(host: Host) -> None:
     """The three calls of a start, timed with the real daemon; `pytest -s` shows the figures.
 
     The best of several: a loaded machine has no say in a promise. What the interpreter takes by itself is shown beside.
+
+    FAULTS 25.
     """
     host.libvirtd.start()
     host.guest.define()
@@ -210,7 +212,7 @@ def test_a_start_is_held_up_no_longer_than_promised(host: Host) -> None:
 
 
 def test_a_guest_does_not_start_in_a_rollback_and_starts_after_its_recovery(host: Host) -> None:
-    """kill -9 of the daemon in the writing: with no daemon at all the guest is kept from starting."""
+    """kill -9 of the daemon in the writing: with no daemon at all the guest is kept from starting. FAULTS 26."""
     host.libvirtd.start()
     host.guest.define()
     host.install()

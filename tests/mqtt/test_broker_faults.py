@@ -1,4 +1,7 @@
-"""A broker that is away, restarted, paused, flapping, deaf or of another version: events are kept, and nobody waits."""
+"""A broker that is away, restarted, paused, flapping, deaf or of another version: events are kept, and nobody waits.
+
+FAULTS 16.
+"""
 
 from __future__ import annotations
 

@@ -74,7 +74,10 @@ async def test_everything_that_a_daemon_publishes_has_its_documented_form(
 async def test_captures_do_not_wait_for_a_broker(
     workdir: Path, libvirtd: Libvirtd, make_guest: Callable[..., Guest], broker: Broker
 ) -> None:
-    """A broker that is away, and one that hangs: snapshots take as long as without, and all is told afterwards."""
+    """A broker that is away, and one that hangs: snapshots take as long as without, and all is told afterwards.
+
+    FAULTS 16.
+    """
     guest = make_guest([DiskSpec(make_image(workdir / "a.qcow2", "64M"))])
     await asyncio.to_thread(guest.start)
     daemon = Daemon(workdir, libvirtd.uri, mqtt=f'url = "{broker.url}"')

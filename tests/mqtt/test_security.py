@@ -66,6 +66,7 @@ async def test_a_client_certificate_proves_who_we_are(
 async def test_a_broker_that_another_ca_vouches_for_is_not_spoken_to(
     make_broker: Callable[..., Broker], certificates: Certificates, catalog: Catalog, publish: Publish
 ) -> None:
+    """FAULTS 16."""
     broker = make_broker(*certificates.listener())
     await emit(catalog)
     for settings in ({"ca_file": str(certificates.other_ca)}, {}):
@@ -88,6 +89,7 @@ async def test_a_certificate_for_another_name_is_refused(
 async def test_tls_never_falls_back_to_plain_text(
     broker: Broker, certificates: Certificates, catalog: Catalog, publish: Publish, workdir: Path
 ) -> None:
+    """FAULTS 16."""
     secret = workdir / "password"
     secret.write_text("s3cret-of-ours\n")
     secret.chmod(0o600)
@@ -150,6 +152,7 @@ def guarded(make_broker: Callable[..., Broker], workdir: Path) -> tuple[Broker, 
 async def test_a_password_that_was_replaced_works_from_the_next_attempt_on(
     guarded: tuple[Broker, Path], catalog: Catalog, publish: Publish
 ) -> None:
+    """FAULTS 16."""
     broker, secret = guarded
     secret.write_text("wrong\n")
     await emit(catalog, 2)

@@ -191,6 +191,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 @given(steps)
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 def test_every_view_is_the_disk_of_its_instant(bench: Bench, sequence: list[Step]) -> None:
+    """FAULTS 21."""
     bench.play(sequence)
 
 

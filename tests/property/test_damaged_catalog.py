@@ -139,6 +139,7 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
 
 
 async def test_a_flipped_bit_anywhere(scene: Scene) -> None:
+    """FAULTS 14."""
     rng = seeded()
     used = [at for at, byte in enumerate(scene.good) if byte]
     for at in rng.sample(used, min(FLIPS, len(used))):
@@ -169,6 +170,7 @@ async def test_a_flipped_bit_in_what_says_what_may_be_deleted(scene: Scene) -> N
 
 
 async def test_cut_at_any_length_and_pages_swapped(scene: Scene) -> None:
+    """FAULTS 14."""
     rng = seeded()
     for _ in range(FLIPS // 8):
         await scene.try_with(scene.good[: rng.randrange(len(scene.good))])

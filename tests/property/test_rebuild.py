@@ -109,6 +109,7 @@ async def run(sequence: list[Step]) -> None:
 @given(steps)
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 def test_whatever_happened_the_store_alone_tells_all_of_it(sequence: list[Step]) -> None:
+    """FAULTS 14."""
     asyncio.run(run(sequence))
 
 
@@ -119,7 +120,7 @@ def test_after_deletions_holes_rewritten_packs_and_a_rollback() -> None:
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("killed_at", range(0, 16, 2))
 async def test_in_the_middle_of_a_sweep(tmp_path: Path, killed_at: int, after: bool) -> None:
-    """What the catalog held restores; a snapshot whose deletion was under way may be back, whole."""
+    """What the catalog held restores; a snapshot whose deletion was under way may be back, whole. FAULTS 28."""
     history = await lived(tmp_path, LARGE)
     history.objects.fuse.set(killed_at, after=after)
     with suppress(Killed, HvsnapError):  # late points are beyond the sweep's end

@@ -200,6 +200,7 @@ def play(sequence: list[Step], objects: FusedObjects | None = None) -> None:
 @given(steps)
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 def test_every_snapshot_restores_and_nothing_else_is_kept(sequence: list[Step]) -> None:
+    """FAULTS 28."""
     play(sequence)
 
 
@@ -272,6 +273,7 @@ def test_where_no_holes_can_be_had_packs_are_rewritten(killed_at: int, after: bo
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("killed_at", range(20))
 def test_a_sweep_killed_at_any_change_loses_nothing_and_is_finished_by_the_next(killed_at: int, after: bool) -> None:
+    """FAULTS 28."""
     play([*LARGE, Sweep(killed_at, after)])
 
 

@@ -256,6 +256,7 @@ async def test_everything_is_verified_in_the_background_once_in_so_many_days(
 async def test_an_older_copy_of_the_store_raises_the_alarm_at_the_start(
     disks: Disks, store: StoreHouse, workdir: Path
 ) -> None:
+    """FAULTS 13."""
     newest = list(disks.expected)[-1]
     row = await store.catalog.snapshot(newest)
     (pack,) = [pack for pack in await store.catalog.upkeep.packs() if pack.live_blocks == 1]

@@ -80,6 +80,7 @@ async def test_commits_are_durable_when_they_return(tmp_path: Path) -> None:
 
 
 async def test_a_catalog_of_a_newer_version_is_refused_untouched(tmp_path: Path) -> None:
+    """FAULTS 14."""
     path = await a_used_catalog(tmp_path)
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(f"PRAGMA user_version = {len(migrations.MIGRATIONS) + 1}")
@@ -101,6 +102,7 @@ async def test_another_programs_database_is_refused_untouched(tmp_path: Path) ->
 async def test_a_migration_that_fails_half_way_leaves_the_version_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """FAULTS 14."""
     path = await a_used_catalog(tmp_path)
     known = migrations.MIGRATIONS
     good, bad = "CREATE TABLE one (x);", "CREATE TABLE two (x); DELETE FROM disks; CREATE TABLE disks (x);"
@@ -216,6 +218,7 @@ asyncio.run(hold())
 
 
 async def test_a_second_process_is_refused_until_the_first_one_dies(tmp_path: Path) -> None:
+    """FAULTS 15."""
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
@@ -245,6 +248,7 @@ async def test_a_second_catalog_in_one_process_is_refused(tmp_path: Path) -> Non
 async def test_a_file_that_another_program_has_locked_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """FAULTS 14."""
     path = await a_used_catalog(tmp_path)
     monkeypatch.setattr(db, "BUSY_TIMEOUT_MS", 50)
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -260,6 +264,7 @@ async def test_a_file_that_another_program_has_locked_is_refused(
 
 @needs_root
 async def test_a_read_only_directory_is_refused(small_device: Path) -> None:
+    """FAULTS 14."""
     await a_used_catalog(small_device / "state")
     subprocess.run(["mount", "-o", "remount,ro", small_device], check=True)
     assert "not usable" in (await refused(small_device / "state")).message
@@ -281,6 +286,7 @@ def fill_device(device: Path) -> None:
 async def test_a_device_that_the_catalog_fills_fails_the_capture_and_harms_nothing(
     small_device: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """FAULTS 10."""
     monkeypatch.setattr(db, "WAL_PAGES", 256)  # to 24 MiB what the product's log is to a small disk
     catalog = await open_catalog(small_device)
     first, second = await add_chain(catalog, a_disk(), {0: {1: 1}}, {0: {2: 2}})
@@ -313,6 +319,7 @@ async def test_a_device_that_the_catalog_fills_fails_the_capture_and_harms_nothi
 
 @needs_root
 async def test_on_a_device_filled_by_others_failures_are_recorded_and_snapshots_deleted(small_device: Path) -> None:
+    """FAULTS 10."""
     catalog = await open_catalog(small_device)
     first, second = await add_chain(catalog, a_disk(), {page: {1: 1} for page in range(200)}, {0: {2: 2}})
     fill_device(small_device)
@@ -348,6 +355,7 @@ async def test_a_catalog_is_closed_and_opened_on_a_full_device(small_device: Pat
 
 @needs_root
 async def test_after_a_kill_on_a_full_device_snapshots_are_deleted(small_device: Path) -> None:
+    """FAULTS 10."""
     catalog = await open_catalog(small_device)
     (first, second) = await add_chain(catalog, a_disk(), {page: {1: 1} for page in range(200)}, {0: {2: 2}})
     await catalog.close()

@@ -175,6 +175,7 @@ async def test_without_a_command_and_a_terminal_the_help_is_shown(desk: Desk) ->
 
 
 def test_a_wrong_configuration_names_file_and_key(workdir: Path) -> None:
+    """FAULTS 23."""
     path = workdir / "wrong.toml"
     path.write_text("[capture]\nparalel = 2\n")
     for command in ("list", "daemon", "recover"):  # to the doctor it is a finding

@@ -94,6 +94,7 @@ def test_no_file_means_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     ],
 )
 def test_what_is_wrong_is_named(text: str, message: str, hint: str) -> None:
+    """FAULTS 23."""
     with pytest.raises(ConfigInvalid) as caught:
         config.parse(text, "x.toml")
     assert caught.value.message.startswith(message)

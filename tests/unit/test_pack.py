@@ -82,6 +82,7 @@ def test_the_forger_of_these_tests_can_make_a_good_pack() -> None:
 
 
 def test_every_flipped_bit_of_header_index_and_footer_is_noticed() -> None:
+    """FAULTS 12."""
     parts = encode_unchecked(GOOD.tobytes(), GOOD.size, END)
     for number, part in enumerate(parts):
         for at in range(len(part)):

@@ -46,11 +46,13 @@ def test_hours_and_weekdays_are_those_of_the_policys_zone() -> None:
 
 
 def test_an_hour_that_occurs_twice_runs_once() -> None:
+    """FAULTS 22."""
     found = policy.due_times(a_policy(hours=(2,)), at("2026-10-24 12:00"), at("2026-10-26 00:00"))
     assert utc(found) == ["2026-10-25 00:00"]
 
 
 def test_an_hour_that_the_clock_skips_runs_at_the_skip() -> None:
+    """FAULTS 22."""
     found = policy.due_times(a_policy(hours=(2,)), at("2026-03-28 12:00"), at("2026-03-30 00:00"))
     assert utc(found) == ["2026-03-29 01:00"]
     both = policy.due_times(a_policy(hours=(2, 3)), at("2026-03-28 12:00"), at("2026-03-30 00:00"))
@@ -59,6 +61,7 @@ def test_an_hour_that_the_clock_skips_runs_at_the_skip() -> None:
 
 @pytest.mark.parametrize("zone", ["Australia/Lord_Howe", "America/St_Johns", "Pacific/Apia", "Asia/Kathmandu", "UTC"])
 def test_every_day_of_a_year_has_its_run_once(zone: str) -> None:
+    """FAULTS 22."""
     one = a_policy(hours=(2,), timezone=zone)
     start = datetime(2026, 1, 1, tzinfo=ZoneInfo(zone)).timestamp()
     end = datetime(2027, 1, 1, tzinfo=ZoneInfo(zone)).timestamp()
@@ -80,7 +83,7 @@ def test_however_often_it_is_looked_at_each_instant_comes_once(cuts: list[int], 
 
 @pytest.mark.parametrize("zone", ["Pacific/Kiritimati", "America/New_York"])
 def test_the_hosts_time_zone_changes_nothing(zone: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Policies have a zone of their own, which is that of the host only when nobody named one."""
+    """Policies have a zone of their own, which is that of the host only when nobody named one. FAULTS 22."""
     one, start, end = a_policy(hours=(0, 2, 12)), at("2026-03-25 00:00"), at("2026-11-05 00:00")
     before = policy.due_times(one, start, end), policy.automatic_name(one, start, [])
     with monkeypatch.context() as patch:

@@ -173,6 +173,7 @@ async def test_s5_7_downtime_is_caught_up_within_the_hour_and_else_reported(offi
 
 
 async def test_s5_7_a_clock_that_jumps_makes_no_storm_and_deletes_nothing_in_bulk(office: Office) -> None:
+    """FAULTS 22."""
     (disk,) = await office.add(a_policy(), a_disk())
     await office.hours(24 * 10)
     before = await office.names(disk)
@@ -189,6 +190,7 @@ async def test_s5_7_a_clock_that_jumps_makes_no_storm_and_deletes_nothing_in_bul
 
 
 async def test_s5_7_a_daemon_that_was_long_away_waits_a_day_before_anything_expires(office: Office) -> None:
+    """FAULTS 22."""
     (disk,) = await office.add(a_policy(retain_days=1), a_disk())
     await office.hours(24 * 3)
     count = len(await office.names(disk))
@@ -371,6 +373,7 @@ async def test_s5_5_a_listing_shows_the_disks_of_each_policy(office: Office) -> 
 
 
 def test_the_clock_is_believed_while_it_runs_like_one() -> None:
+    """FAULTS 22."""
     guard = ClockGuard(1000.0, 0.0, 900.0)
     assert guard.trusted(1000.0, 0.0)
     assert guard.trusted(1000.0 + 7200, 7200.0)

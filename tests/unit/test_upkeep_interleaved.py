@@ -1,6 +1,8 @@
 """Sweep and capture at once, step by step: the block that is found by one while the other drops it.
 
 Each test stops the sweep before one of its steps, and lets a capture do one of its own there.
+
+FAULTS 28.
 """
 
 from __future__ import annotations

@@ -86,6 +86,7 @@ async def test_nothing_is_wrong_with_a_store_as_it_was_written(house: House, dis
 async def test_a_damaged_block_names_every_snapshot_that_it_affects_and_no_other(
     house: House, disks: Disks, objects: PunchedObjects
 ) -> None:
+    """FAULTS 12."""
     first, second, third, other = disks.expected
     block = await block_of(house, first, NOISE)
     await damage(house, objects, block)
@@ -105,6 +106,7 @@ async def test_a_damaged_block_names_every_snapshot_that_it_affects_and_no_other
 async def test_a_damaged_block_is_not_reused_and_heals_with_the_same_content(
     house: House, disks: Disks, objects: PunchedObjects
 ) -> None:
+    """FAULTS 12."""
     first, _second, _third, other = disks.expected
     block = await block_of(house, first, NOISE)
     await damage(house, objects, block)
@@ -140,6 +142,7 @@ async def test_damage_is_remembered_over_a_restart(
 async def test_a_missing_pack_damages_all_its_blocks_and_is_healed(
     house: House, disks: Disks, objects: PunchedObjects
 ) -> None:
+    """FAULTS 12."""
     first = next(iter(disks.expected))
     (place,) = await house.catalog.places([await block_of(house, first, NOISE)])
     del objects.objects[place.pack]
@@ -172,6 +175,7 @@ async def test_a_pack_that_was_cut_short_is_damaged_where_it_ends(
 
 
 async def test_packs_swapped_with_each_other_are_damaged(house: House, disks: Disks, objects: PunchedObjects) -> None:
+    """FAULTS 12."""
     one, other = [name for name in objects.objects if name.startswith("packs/")][:2]
     objects.objects[one], objects.objects[other] = objects.objects[other], objects.objects[one]
     checked = await Checker(house.catalog, house.store, house.clock).check()
@@ -222,6 +226,7 @@ async def test_a_damaged_or_missing_manifest_is_written_anew(
 
 
 async def test_what_only_the_store_knows_is_told_and_swept(house: House, disks: Disks, objects: PunchedObjects) -> None:
+    """FAULTS 2."""
     pack = next(name for name in objects.objects if name.startswith("packs/"))
     stray_pack = f"packs/00/{'0' * 32}"
     manifest = next(name for name in objects.objects if name.startswith("manifests/"))
@@ -240,6 +245,7 @@ async def test_what_only_the_store_knows_is_told_and_swept(house: House, disks: 
 
 
 async def test_an_older_copy_of_the_store_is_noticed(house: House, disks: Disks, objects: PunchedObjects) -> None:
+    """FAULTS 13."""
     older = dict(objects.objects)
     assert await Checker(house.catalog, house.store, house.clock).newest_missing() == []
     disks.write("vda", 2, a_block(seeded(), "noise"))
