@@ -81,6 +81,11 @@ class Footer:
         return self.entries * ENTRY.itemsize
 
 
+def is_pack(name: str) -> bool:
+    """Whether a pack can have this object name."""
+    return _NAME.fullmatch(name) is not None
+
+
 def pack_id_of(name: str, repository: bytes, block_size: int, *, sealed: bool = False) -> PackId:
     """Return the id that a pack of this object name must carry. Raises :class:`Damaged`."""
     match = _NAME.fullmatch(name)

@@ -7,12 +7,14 @@ from collections.abc import AsyncIterator
 
 from hvsnap.errors import Damaged, NotFound
 from hvsnap.ports import ObjectInfo, ObjectStore
+from hvsnap.store.kinds import is_ours
 from hvsnap.store.pack import (
     FOOTER_BYTES,
     HEADER_BYTES,
     PACKS,
     EntryArray,
     Footer,
+    is_pack,
     pack_id_of,
     parse_footer,
     parse_index,
@@ -36,9 +38,17 @@ class Packs:
         """How many may be read at once, to lose no time in a bucket."""
         return self._objects.reads_at_once
 
-    def list(self) -> AsyncIterator[ObjectInfo]:
-        """Yield names and sizes of all packs, also of those that no index knows."""
-        return self._objects.list(PACKS)
+    async def list(self) -> AsyncIterator[ObjectInfo]:
+        """Yield names and sizes of all packs, also of those that no index knows; other objects are left out."""
+        async for item in self._objects.list(PACKS):
+            if is_pack(item.name):
+                yield item
+
+    async def beside(self) -> AsyncIterator[ObjectInfo]:
+        """Yield all packs, and whatever lies in the store that is no object of a repository."""
+        async for item in self._objects.list(""):
+            if is_pack(item.name) or not is_ours(item.name):
+                yield item
 
     async def size(self, name: str) -> int | None:
         """Return a pack's size in bytes; None if there is none."""

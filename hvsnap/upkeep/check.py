@@ -18,7 +18,7 @@ from hvsnap.model import BlockPlace, Pack, SnapshotId, State
 from hvsnap.ports import Clock
 from hvsnap.store.blocks import PackedBlocks
 from hvsnap.store.idset import IdSet
-from hvsnap.store.pack import EntryArray
+from hvsnap.store.pack import EntryArray, is_pack
 from hvsnap.upkeep.affected import affected
 from hvsnap.upkeep.manifests import make_plan
 
@@ -118,7 +118,7 @@ class Checker:
     # -- inside -----------------------------------------------------------------------------------
 
     async def _packs(self, result: Checked, damaged: IdSet) -> None:
-        listed = {item.name: item.size_bytes async for item in self._store.packs.list()}
+        listed = {item.name: item.size_bytes async for item in self._store.packs.beside()}
         under_way = self._store.intake.under_way
         packs = await self._catalog.upkeep.packs()
         at_once = self._store.packs.at_once
@@ -126,7 +126,10 @@ class Checker:
             await asyncio.gather(*(self._one(pack, result, damaged) for pack in packs[start : start + at_once]))
         known = {pack.name for pack in packs} | {pack.name for pack in await self._catalog.upkeep.packs()}
         for name, size_bytes in listed.items():
-            if name not in known and name not in under_way:
+            if not is_pack(name):
+                detail = f"{size_bytes} bytes; no object of a repository has such a name, and it is left alone"
+                result.differences.append(Difference(Kind.OBJECT_FOREIGN, name, detail))
+            elif name not in known and name not in under_way:
                 detail = f"{size_bytes} bytes; the next sweep removes it"
                 result.differences.append(Difference(Kind.PACK_UNKNOWN, name, detail))
 

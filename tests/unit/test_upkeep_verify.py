@@ -244,6 +244,18 @@ async def test_what_only_the_store_knows_is_told_and_swept(house: House, disks: 
     await disks.check(house)
 
 
+async def test_what_is_none_of_ours_is_told_and_left_alone(house: House, disks: Disks, objects: PunchedObjects) -> None:
+    foreign = {"packs/notes", f"packs/00/{'1' * 32}", f"packs/{'0' * 32}", "manifests/d-1/list", "readme", "keys/1"}
+    objects.objects |= dict.fromkeys(foreign, b"somebody's")
+    checked = await Checker(house.catalog, house.store, house.clock).check()
+    assert {one.subject for one in checked.differences if one.kind is Kind.OBJECT_FOREIGN} == foreign
+    assert len(checked.differences) == len(foreign)
+    assert checked.sound
+    await house.sweeper.sweep()
+    assert foreign <= objects.objects.keys()
+    await disks.check_by_catalog(house)
+
+
 async def test_an_older_copy_of_the_store_is_noticed(house: House, disks: Disks, objects: PunchedObjects) -> None:
     """FAULTS 13."""
     older = dict(objects.objects)
