@@ -46,7 +46,13 @@ def recover(settings: Settings) -> wire.Recovery:
 
     async def work() -> wire.Recovery:
         async with assembled(settings) as house:
-            return await house.service.recovery.recover()
+            answer = await house.service.recovery.recover()
+            await house.service.hooks.read_spool()
+            try:
+                await house.held_back.settle()
+            except HvsnapError as error:
+                log.warning("guests that were held back are not started yet: %s", error.message)
+            return answer
 
     return asyncio.run(work())
 
@@ -82,6 +88,7 @@ async def serve(
             asyncio.create_task(house.hypervisor.run(), name="hypervisors"),
             asyncio.create_task(house.lease.keep(), name="lease"),
             asyncio.create_task(house.service.hooks.run(), name="hooks"),
+            asyncio.create_task(house.held_back.run(), name="held back"),
             asyncio.create_task(keep_alive(), name="watchdog"),
             asyncio.create_task(reload(), name="reload"),
             *_of_a_writer(house),

@@ -22,6 +22,10 @@ from hvsnap.errors import Failed, HvsnapError, NoSpace
 from hvsnap.model import Disk, DiskId, GuestUuid
 
 DIRECTORY = "guard"
+REFUSED = "held-back.json"
+"""Names of guests that the hook has kept from starting, in the state directory."""
+
+REFUSED_MAX = 256
 ROLLBACK = "rollback"
 OVERLAY = "overlay"
 
@@ -66,6 +70,8 @@ class StartGuard:
         self._directory = state_dir / DIRECTORY
         # In turn: what is removed as over was looked up before, and whoever bars a guest later comes later.
         self._turn = asyncio.Lock()
+        self.on_lift: list[Callable[[], None]] = []
+        """Called when guests may start that were barred."""
 
     async def bar(self, bar: Bar) -> None:
         """Keep a guest from starting from now on."""
@@ -79,34 +85,71 @@ class StartGuard:
         with _explained(disk, hint=hint):
             async with self._turn:
                 await asyncio.to_thread(self._remove, lambda one, reason: one == disk and reason == why)
+        self._tell_lifted()
 
     async def lift_all_but(self, disks: Container[str], why: str) -> None:
         """Remove the markers that a crash has left of what is over, or never began."""
         with _explained("what is over", hint=f"check {self._directory}"):
             async with self._turn:
                 await asyncio.to_thread(self._remove, lambda one, reason: one not in disks and reason == why)
+        self._tell_lifted()
 
     async def barred(self) -> list[str]:
         """Return the names of all markers."""
         return sorted(await asyncio.to_thread(self._names))
 
+    # -- who was refused --------------------------------------------------------------------------
+
+    async def refused(self) -> list[str]:
+        """Return the names of guests that were kept from starting and not forgotten since, oldest first."""
+        return await asyncio.to_thread(self._refused)
+
+    async def note_refused(self, guest: str) -> None:
+        """Remember that a guest was kept from starting; of more than :data:`REFUSED_MAX` the newest."""
+        with _explained(guest, hint=f"check {self._directory}"):
+            async with self._turn:
+                names = [one for one in await asyncio.to_thread(self._refused) if one != guest]
+                await asyncio.to_thread(self._keep, self._directory.parent / REFUSED, [*names, guest][-REFUSED_MAX:])
+
+    async def forget_refused(self, guest: str) -> None:
+        """Forget it again."""
+        with _explained(guest, hint=f"check {self._directory}"):
+            async with self._turn:
+                names = [one for one in await asyncio.to_thread(self._refused) if one != guest]
+                await asyncio.to_thread(self._keep, self._directory.parent / REFUSED, names)
+
+    def _tell_lifted(self) -> None:
+        for told in self.on_lift:
+            told()
+
     # -- blocking ---------------------------------------------------------------------------------
+
+    def _refused(self) -> list[str]:
+        try:
+            told = json.loads((self._directory.parent / REFUSED).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return []  # it says who is to be started, and nobody is started on a guess
+        return [one for one in told if isinstance(one, str)] if isinstance(told, list) else []
 
     def _write(self, bar: Bar) -> None:
         self._directory.mkdir(mode=0o700, exist_ok=True)
         _sync(self._directory.parent)
-        passing = self._directory / f".{bar.name}.new"
+        self._keep(self._directory / bar.name, asdict(bar))
+
+    def _keep(self, path: Path, content: object) -> None:
+        """Write a file, durably, whole or not at all."""
+        passing = path.parent / f".{path.name}.new"
         fd = os.open(passing, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            os.write(fd, json.dumps(asdict(bar)).encode())
+            os.write(fd, json.dumps(content).encode())
             os.fsync(fd)
         except BaseException:
             passing.unlink(missing_ok=True)
             raise
         finally:
             os.close(fd)
-        passing.rename(self._directory / bar.name)
-        _sync(self._directory)
+        passing.rename(path)
+        _sync(path.parent)
 
     def _remove(self, wanted: Callable[[str, str], bool]) -> None:
         gone = False

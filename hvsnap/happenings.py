@@ -39,6 +39,8 @@ class EventType(StrEnum):
     DISK_RELEASED = "disk.released"
     GUEST_ATTACHED = "guest.attached"
     GUEST_LOST = "guest.lost"
+    GUEST_STARTED = "guest.started"
+    GUEST_START_FAILED = "guest.start-failed"
     VERIFICATION_FAILED = "verification.failed"
     STORE_INCOMPLETE = "store.incomplete"
     STORE_NEARLY_FULL = "store.nearly-full"

@@ -42,6 +42,7 @@ from hvsnap.service.doctor import Doctor, premises
 from hvsnap.service.doctor_guests import DiskLooks
 from hvsnap.service.feed import Feed, newest_sequence
 from hvsnap.service.guests import Guests
+from hvsnap.service.held_back import HeldBack
 from hvsnap.service.hooks import Hooks
 from hvsnap.service.housekeeping import Housekeeping, VerifySettings
 from hvsnap.service.images import ExportRecovery, Images
@@ -97,6 +98,7 @@ class House:
     scheduler: Scheduler
     server: SnapshotServer
     instants: Instants
+    held_back: HeldBack
     service: Service
     mqtt: MqttPublisher | None
 
@@ -176,6 +178,7 @@ async def _furnish(
     occupancy = Occupancy(hypervisor, catalog)
     maker = DiskMaker(catalog, store, private, occupancy, devices)
     roller = Rollback(hypervisor, catalog, store, private, guard, occupancy)
+    held_back = HeldBack(guard, hypervisor, catalog)
     restores = RestoreRecovery(catalog, maker, roller, uses, guard)
     exporter = ImageExporter(catalog, store, private)
     exports = ExportRecovery(catalog, exporter, uses)
@@ -253,7 +256,7 @@ async def _furnish(
             settings.host_id, hypervisor, catalog, captures, tasks, mqtt_status, clock, housekeeping.sampler
         ),
         feed=feed,
-        hooks=Hooks(Path(settings.state_dir), attendance.wake),
+        hooks=Hooks(Path(settings.state_dir), attendance.wake, held_back.refused),
         serving=Serving(catalog, snapshots, uses, server, clock, _served_to(settings)),
     )
     return House(
@@ -268,6 +271,7 @@ async def _furnish(
         scheduler=scheduler,
         server=server,
         instants=instants,
+        held_back=held_back,
         service=service,
         mqtt=mqtt,
     )

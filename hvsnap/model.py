@@ -100,6 +100,7 @@ class GuestView:
     ``fleece``: its images must stay current while it runs, so that it is captured by fleece and not by redirecting.
     ``instance`` names the QEMU process of a guest whose launcher knows nothing of overlays: another one is on the image
     that it was always started from. None: the hypervisor itself keeps which image the guest is on.
+    ``autostart``: it is off, and libvirt starts it with the host.
     ``saved``: it is off, and its memory is kept in a file, which goes with its disks as they are now.
     """
 
@@ -111,6 +112,7 @@ class GuestView:
     fleece: bool = False
     saved: bool = False
     instance: str | None = None
+    autostart: bool = False
 
     @property
     def active(self) -> bool:

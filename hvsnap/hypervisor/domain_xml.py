@@ -92,7 +92,9 @@ def _disk(element: ElementTree.Element, *, system: bool) -> DiskView:
     )
 
 
-def guest_view(root: ElementTree.Element, state: GuestState, *, persistent: bool, saved: bool = False) -> GuestView:
+def guest_view(
+    root: ElementTree.Element, state: GuestState, *, persistent: bool, saved: bool = False, autostart: bool = False
+) -> GuestView:
     """Return the guest that a domain's XML describes.
 
     The system disk is the disk with the lowest boot order; where no disk has one, the first that can be captured.
@@ -105,6 +107,7 @@ def guest_view(root: ElementTree.Element, state: GuestState, *, persistent: bool
         name=root.findtext("name") or "",
         state=state,
         persistent=persistent,
+        autostart=autostart,
         disks=tuple(_disk(e, system=e is system) for e in elements),
         saved=saved,
     )

@@ -23,7 +23,7 @@ from hvsnap.hypervisor import disk_encryption, domain_xml, qemu_nodes
 from hvsnap.hypervisor.libvirt_connection import LibvirtConnection, Lifecycle
 from hvsnap.hypervisor.libvirt_traits import traits
 from hvsnap.hypervisor.shutting_down import Ways, shut_down
-from hvsnap.instant import Span
+from hvsnap.instant import Ready, Span, alone
 from hvsnap.model import Bitmap, DiskActivity, GuestState, GuestUuid, GuestView, Layer, Traits
 from hvsnap.ports import Census, Fleecer, JobView
 from hvsnap.secret import Passphrase
@@ -73,8 +73,9 @@ def _is_saved(domain: Any) -> bool:
 
 def _view(domain: Any) -> GuestView:
     root = domain_xml.parse(domain.XMLDesc(0))
-    persistent = bool(domain.isPersistent())
-    return domain_xml.guest_view(root, _state(domain), persistent=persistent, saved=_is_saved(domain))
+    state, persistent = _state(domain), bool(domain.isPersistent())
+    autostart = persistent and state is GuestState.OFF and bool(domain.autostart())
+    return domain_xml.guest_view(root, state, persistent=persistent, saved=_is_saved(domain), autostart=autostart)
 
 
 def _node(domain: Any, target: str) -> tuple[str, list[dict[str, Any]]]:
@@ -229,11 +230,12 @@ class LibvirtHypervisor:
 
     # -- overlays ---------------------------------------------------------------------------------
 
-    async def switch_to_overlays(self, uuid: GuestUuid, overlays: dict[str, str]) -> Span:
+    async def switch_to_overlays(self, uuid: GuestUuid, overlays: dict[str, str], ready: Ready = alone) -> Span:
         """Redirect the writes of all targets to their overlays at one instant, or of none; tells when that was."""
+        wanted = await self._on(uuid, lambda domain: domain_xml.snapshot_xml(_view(domain).disks, overlays))
+        await ready()
 
         def work(domain: Any) -> Span:
-            wanted = domain_xml.snapshot_xml(_view(domain).disks, overlays)
             began_s = time.monotonic()
             domain.snapshotCreateXML(wanted, _SNAPSHOT_FLAGS)
             return Span(began_s, time.monotonic())

@@ -17,6 +17,7 @@ from hvsnap.model import Consistency, Kind
 from hvsnap.mqtt.payloads import (
     DaemonPayload,
     DiskPayload,
+    GuestFailedPayload,
     GuestPayload,
     ImagePayload,
     IncompletePayload,
@@ -256,10 +257,17 @@ class DiskEvent(EventMessage):
 
 
 class GuestEvent(EventMessage):
-    """A guest is there, or is there no more."""
+    """A guest is there, or is there no more; was started, as nothing keeps it from that any more."""
 
-    type: Literal[EventType.GUEST_ATTACHED, EventType.GUEST_LOST]
+    type: Literal[EventType.GUEST_ATTACHED, EventType.GUEST_LOST, EventType.GUEST_STARTED]
     payload: GuestPayload
+
+
+class GuestStartFailedEvent(EventMessage):
+    """A guest that had been kept from starting could not be started afterwards."""
+
+    type: Literal[EventType.GUEST_START_FAILED]
+    payload: GuestFailedPayload
 
 
 class VerificationEvent(EventMessage):
@@ -303,6 +311,7 @@ AnyEvent = Annotated[
     | RollbackFailedEvent
     | DiskEvent
     | GuestEvent
+    | GuestStartFailedEvent
     | VerificationEvent
     | StoreIncompleteEvent
     | StoreNearlyFullEvent

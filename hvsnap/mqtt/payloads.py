@@ -15,6 +15,12 @@ class GuestPayload(BaseModel):
     guest_uuid: str
 
 
+class GuestFailedPayload(GuestPayload):
+    """A guest that could not be started, and why."""
+
+    error: str
+
+
 class DiskPayload(GuestPayload):
     """Which disk."""
 

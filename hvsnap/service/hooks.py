@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -38,15 +38,24 @@ OTHER = "other"
 
 
 class Hooks:
-    """Takes the hook's calls; ``wake`` has the guests looked at."""
+    """Takes the hook's calls; ``wake`` has the guests looked at, ``refused`` is told who was kept from starting."""
 
-    def __init__(self, state_dir: Path, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, state_dir: Path, wake: Callable[[], None], refused: Callable[[str], Awaitable[None]] | None = None
+    ) -> None:
         self._spool = state_dir.joinpath(*SPOOL)
         self._wake = wake
+        self._refused = refused
         self._seen: OrderedDict[str, None] = OrderedDict()
         self.calls: Counter[str] = Counter()
         self.refused = 0
         self.spooled = 0
+
+    async def receive(self, call: HookCall) -> HookTaken:
+        """Take one call, and remember durably who was refused."""
+        if call.refused and self._refused is not None:
+            await self._refused(call.guest)
+        return self.take(call)
 
     def take(self, call: HookCall) -> HookTaken:
         """Take one call. One that came before, on the other way, changes nothing."""
@@ -77,7 +86,7 @@ class Hooks:
         for name in await asyncio.to_thread(self._names):
             call = await asyncio.to_thread(self._read, name)
             if call is not None:
-                taken += not self.take(call).known
+                taken += not (await self.receive(call)).known
                 self.spooled += 1
             await asyncio.to_thread(self._remove, name)
         return taken

@@ -234,6 +234,7 @@ def test_a_guest_does_not_start_in_a_rollback_and_starts_after_its_recovery(host
         host.guest.domain().create()
     assert "web01 is kept from starting: the rollback of disk vda" in str(refused.value)
     assert "hvsnap recover" in str(refused.value)
+    host.guest.domain().setAutostart(True)
     assert host.content() == half
     assert half not in (bytes([1]), bytes([2])), "the rollback was to be in its middle"
     status, report = host.hvsnap("hook-status")
@@ -241,9 +242,9 @@ def test_a_guest_does_not_start_in_a_rollback_and_starts_after_its_recovery(host
     host.control.unlink()
     host.daemon.start(str(host.control))
     assert host.markers() == []
+    wait_for(lambda: host.guest.active, "the start of the guest that was held back")
     assert host.content() == bytes([1])
-    host.guest.start()
-    assert host.guest.active
+    wait_for(lambda: json.loads((host.daemon.directory / "state/held-back.json").read_text()) == [], "its end")
 
 
 def test_a_guest_does_not_start_from_below_its_overlay_whatever_its_definition_says(host: Host) -> None:

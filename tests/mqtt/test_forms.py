@@ -64,6 +64,8 @@ PAYLOADS: dict[EventType, dict[str, Any]] = {
     EventType.DISK_RELEASED: disk_payload(DISK),
     EventType.GUEST_ATTACHED: GUEST,
     EventType.GUEST_LOST: GUEST,
+    EventType.GUEST_STARTED: GUEST,
+    EventType.GUEST_START_FAILED: GUEST | {"error": "no network"},
     EventType.VERIFICATION_FAILED: {"snapshots": ["s-aaaaaaaaaaaa"], "blocks": 2, "detail": "its digest is wrong"},
     EventType.STORE_INCOMPLETE: {"missing": ["packs/ab/ab"], "count": 1},
     EventType.STORE_NEARLY_FULL: {"free_bytes": 1, "total_bytes": 100, "days_to_full": 2.5},
