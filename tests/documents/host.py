@@ -105,6 +105,13 @@ class Host:
         for name in ("state", "root", "hooks"):
             shutil.rmtree(self.directory / name, ignore_errors=True)
             (self.directory / name).mkdir()
+        own = {disk.path for guest in self.guests.values() for disk in guest.disks}
+        for path in {
+            *self.directory.glob("*.qcow2"),
+            *self.directory.glob("*.raw"),
+            *self.directory.glob("images/*"),
+        } - own:
+            path.unlink()
         (self.directory / "root" / "etc").mkdir()
         for name in ("passwd", "group"):
             (self.directory / "root" / "etc" / name).touch()
