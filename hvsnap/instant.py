@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+
+Ready = Callable[[], Awaitable[None]]
+"""Awaited when all is made ready for a command, right before it is sent: so that several commands are sent together."""
+
+
+async def alone() -> None:
+    """Wait for nobody."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvsnap.errors import HvsnapError
-from hvsnap.instant import Span
+from hvsnap.instant import Ready, Span, alone
 from hvsnap.model import Bitmap, BlockPlace, DiskActivity, Event, GuestUuid, GuestView, Progress, SnapshotId
 from hvsnap.secret import Passphrase
 
@@ -262,7 +262,7 @@ class Fleecer(Protocol):
         """Put everything in place; no instant is held yet. Raises :class:`Refused`, :class:`ForeignJob`."""
         ...
 
-    async def fleece_hold(self, uuid: GuestUuid, disks: Sequence[FleecedDisk]) -> Span:
+    async def fleece_hold(self, uuid: GuestUuid, disks: Sequence[FleecedDisk], ready: Ready = alone) -> Span:
         """Hold the instant of all disks, at once or not at all; tells when that was."""
         ...
 
@@ -322,7 +322,7 @@ class Hypervisor(Protocol):
         """Remove a bitmap from the active image; one that is not there is no error."""
         ...
 
-    async def switch_to_overlays(self, uuid: GuestUuid, overlays: dict[str, str]) -> Span:
+    async def switch_to_overlays(self, uuid: GuestUuid, overlays: dict[str, str], ready: Ready = alone) -> Span:
         """Redirect the writes of all targets to their overlay files at one instant, or of none; tells when that was."""
         ...
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import GuestUnknown, HvsnapError, HypervisorFailed, HypervisorUnreachable, Refused
-from hvsnap.instant import Span
+from hvsnap.instant import Ready, Span, alone
 from hvsnap.model import (
     Bitmap,
     Disk,
@@ -99,7 +99,7 @@ class FakeHypervisor:
     async def bitmap_remove(self, uuid: GuestUuid, target: str, name: str) -> None:
         raise NotImplementedError
 
-    async def switch_to_overlays(self, uuid: GuestUuid, overlays: dict[str, str]) -> Span:
+    async def switch_to_overlays(self, uuid: GuestUuid, overlays: dict[str, str], ready: Ready = alone) -> Span:
         raise NotImplementedError
 
     async def commit_start(self, uuid: GuestUuid, target: str, base: str) -> None:

@@ -18,7 +18,7 @@ from hvsnap.capture.pipeline import Totals
 from hvsnap.capture.record import DiskPlan, Recorded, Recorder
 from hvsnap.capture.space import SpaceLimits, check, room, watch
 from hvsnap.catalog.catalog import Catalog
-from hvsnap.errors import AgentMissing, AgentUnavailable, HvsnapError
+from hvsnap.errors import AgentMissing, AgentUnavailable, HvsnapError, HypervisorFailed
 from hvsnap.hypervisor.image_lock import images_locked
 from hvsnap.instant import skew_ms
 from hvsnap.model import Consistency, GuestUuid
@@ -115,12 +115,31 @@ class Capture:
                         raise AgentUnavailable(part.note, hint=hint)
 
     async def _switch(self, freezes: Mapping[GuestUuid, Freeze]) -> None:
-        """Switch all guests that run, as close together as can be; return when all have answered, even if one fails."""
+        """Switch all guests that run, as close together as can be; return when all have answered, even if one fails.
+
+        Each waits for the others right before its command is sent, so that looking, which takes longer with some, does
+        not part them; one that fails before that keeps all from being switched.
+        """
         await self._step(Step.SWITCHING, self._running)
-        switching = (self._named(part, part.switch(freezes.get(part.order.guest))) for part in self._running)
-        for failure in await asyncio.gather(*switching, return_exceptions=True):
-            if failure is not None:
-                raise failure
+        barrier = asyncio.Barrier(len(self._running))
+
+        async def ready() -> None:
+            try:
+                await barrier.wait()
+            except asyncio.BrokenBarrierError as error:
+                raise HypervisorFailed("it was not switched, since another guest could not be") from error
+
+        async def switch(part: Part) -> None:
+            try:
+                await self._named(part, part.switch(freezes.get(part.order.guest), ready))
+            except BaseException:
+                await barrier.abort()
+                raise
+
+        ended = await asyncio.gather(*map(switch, self._running), return_exceptions=True)
+        failures = [one for one in ended if one is not None]
+        for failure in sorted(failures, key=lambda one: isinstance(one.__cause__, asyncio.BrokenBarrierError)):
+            raise failure
 
     # -- around it --------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from hvsnap.capture.plan import Decision
 from hvsnap.capture.record import DiskPlan
 from hvsnap.errors import GuestUnknown, HvsnapError, HypervisorFailed, ReadFailed
 from hvsnap.hypervisor import images
-from hvsnap.instant import Span
+from hvsnap.instant import Ready, Span
 from hvsnap.model import GuestUuid, Kind, Method
 from hvsnap.ports import FleecedDisk, Fleecer, Hypervisor, NbdExport
 
@@ -43,9 +43,9 @@ class Fleece:
             await images.create_image(captured.scratch, "qcow2", plan.snapshot.size_bytes, like=captured.base)
         await self._fleecer.fleece_prepare(self._guest, self._disks)
 
-    async def hold(self) -> Span:
+    async def hold(self, ready: Ready) -> Span:
         """Hold the instant of all disks; tells when that was."""
-        return await self._fleecer.fleece_hold(self._guest, self._disks)
+        return await self._fleecer.fleece_hold(self._guest, self._disks, ready)
 
     async def exported(self) -> list[DiskPlan]:
         """Return the plans with the exports to read from; one whose bitmap QEMU refuses becomes a rescan."""

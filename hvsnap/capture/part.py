@@ -19,7 +19,7 @@ from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import AgentUnavailable, HypervisorFailed
 from hvsnap.guard import OVERLAY, Bar, StartGuard
 from hvsnap.hypervisor import images
-from hvsnap.instant import Span
+from hvsnap.instant import Ready, Span
 from hvsnap.model import Consistency, GuestUuid, OperationId
 from hvsnap.ports import Hypervisor
 
@@ -118,13 +118,13 @@ class Part:
 
     # -- the instant, and after it ----------------------------------------------------------------
 
-    async def switch(self, freeze: Freeze | None) -> None:
+    async def switch(self, freeze: Freeze | None, ready: Ready) -> None:
         """Hold the instant of all disks; ``freeze`` is the one that may be in force."""
         if self._fleece is not None:
-            self.span = await self._fleece.hold()
+            self.span = await self._fleece.hold(ready)
         else:
             overlays = {plan.captured.target: plan.captured.overlay for plan in self.order.disks}
-            self.span = await self._hypervisor.switch_to_overlays(self.order.guest, overlays)
+            self.span = await self._hypervisor.switch_to_overlays(self.order.guest, overlays, ready)
         if freeze is not None and freeze.in_force:
             self.consistency = Consistency.APP
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hvsnap.errors import GuestUnknown, HvsnapError, HypervisorFailed, HypervisorUnreachable
-from hvsnap.instant import Span
+from hvsnap.instant import Ready, Span, alone
 from hvsnap.model import Bitmap, DiskActivity, GuestUuid, GuestView, Traits
 from hvsnap.ports import Census, Fleecer, Hypervisor, JobView
 from hvsnap.secret import Passphrase
@@ -175,9 +175,9 @@ class Fleet:
         """Remove a bitmap."""
         await (await self._owner(uuid)).bitmap_remove(uuid, target, name)
 
-    async def switch_to_overlays(self, uuid: GuestUuid, overlays: dict[str, str]) -> Span:
+    async def switch_to_overlays(self, uuid: GuestUuid, overlays: dict[str, str], ready: Ready = alone) -> Span:
         """Redirect the writes of all targets at one instant, or of none; tells when that was."""
-        return await (await self._owner(uuid)).switch_to_overlays(uuid, overlays)
+        return await (await self._owner(uuid)).switch_to_overlays(uuid, overlays, ready)
 
     async def commit_start(self, uuid: GuestUuid, target: str, base: str) -> None:
         """Start the active commit into exactly ``base``."""

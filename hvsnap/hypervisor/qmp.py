@@ -30,7 +30,7 @@ from hvsnap.hypervisor.qmp_look import QmpLook
 from hvsnap.hypervisor.qmp_memory import Seen, disks_while_off, identity, with_layers
 from hvsnap.hypervisor.qmp_redirect import QmpRedirect
 from hvsnap.hypervisor.shutting_down import Ways, shut_down
-from hvsnap.instant import Span
+from hvsnap.instant import Ready, Span, alone
 from hvsnap.model import Bitmap, DiskActivity, DiskView, GuestState, GuestUuid, GuestView, Layer, Traits
 from hvsnap.ports import Census, Fleecer, GuestMemory, JobView
 from hvsnap.secret import Passphrase
@@ -202,7 +202,7 @@ class QmpHypervisor:
 
     # -- overlays ---------------------------------------------------------------------------------
 
-    async def switch_to_overlays(self, uuid: GuestUuid, overlays: dict[str, str]) -> Span:
+    async def switch_to_overlays(self, uuid: GuestUuid, overlays: dict[str, str], ready: Ready = alone) -> Span:
         """Redirect the writes of all targets to their overlays at one instant, or of none; tells when that was.
 
         Where the disks will be is remembered before: if QEMU dies right after, the overlays hold the newest data.
@@ -216,7 +216,7 @@ class QmpHypervisor:
                 seen = with_layers(seen, target, (Layer(overlay, "qcow2"), *layers))
             try:
                 await self._remember(seen)
-                return await self._redirect.switch(overlays)
+                return await self._redirect.switch(overlays, ready)
             finally:
                 self._switching = False
                 await asyncio.shield(self._look_again())

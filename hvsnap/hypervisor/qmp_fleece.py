@@ -31,7 +31,7 @@ from hvsnap.hypervisor.qemu_nodes import OURS, SWITCH, Graph
 from hvsnap.hypervisor.qmp_connection import GuestAway, QmpConnection
 from hvsnap.hypervisor.qmp_look import QmpLook
 from hvsnap.hypervisor.qmp_view import Attachment, find
-from hvsnap.instant import Span
+from hvsnap.instant import Ready, Span, alone
 from hvsnap.model import GuestUuid, SnapshotId
 from hvsnap.ports import FleecedDisk, NbdExport
 
@@ -141,9 +141,10 @@ class QmpFleecer:
             for disk in disks:
                 await self._put_in_place(find(attached, disk.target), disk)
 
-    async def fleece_hold(self, uuid: GuestUuid, disks: Sequence[FleecedDisk]) -> Span:
+    async def fleece_hold(self, uuid: GuestUuid, disks: Sequence[FleecedDisk], ready: Ready = alone) -> Span:
         """Hold the instant of all disks at once; tells when that was."""
         names = [Names(disk.snapshot) for disk in disks]
+        await ready()
         began_s = time.monotonic()
         await self._reopen([(name.switch, name.before) for name in names])
         return Span(began_s, time.monotonic())

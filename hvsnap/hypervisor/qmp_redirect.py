@@ -12,7 +12,7 @@ from hvsnap.hypervisor.qemu_nodes import OURS, Graph
 from hvsnap.hypervisor.qmp_connection import QmpConnection
 from hvsnap.hypervisor.qmp_look import QmpLook
 from hvsnap.hypervisor.qmp_view import find
-from hvsnap.instant import Span
+from hvsnap.instant import Ready, Span, alone
 from hvsnap.ports import JobView
 
 PIVOT_S = 60.0
@@ -45,7 +45,7 @@ class QmpRedirect:
         if name == "BLOCK_JOB_COMPLETED" and job.startswith(_COMMIT) and data.get("error"):
             self._failed[job] = str(data["error"])
 
-    async def switch(self, overlays: dict[str, str]) -> Span:
+    async def switch(self, overlays: dict[str, str], ready: Ready = alone) -> Span:
         """Redirect the writes of all targets to their overlays at one instant, or of none; tells when that was.
 
         The overlays' nodes are QEMU's own (``blockdev-snapshot-sync``), not ours (``blockdev-add``): so QEMU closes an
@@ -67,6 +67,7 @@ class QmpRedirect:
                 "mode": "existing",
             }
             actions.append({"type": "blockdev-snapshot-sync", "data": data})
+        await ready()
         began_s = time.monotonic()
         await self._connection.execute("transaction", actions=actions)
         return Span(began_s, time.monotonic())

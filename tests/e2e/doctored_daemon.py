@@ -41,9 +41,9 @@ def install_gates() -> None:
         await pass_gate("read", plan.snapshot.id)
         return await record(self, plan)
 
-    async def gated_switch(self: LibvirtHypervisor, uuid: Any, overlays: dict[str, str]) -> Span:
+    async def gated_switch(self: LibvirtHypervisor, uuid: Any, *rest: Any) -> Span:
         await pass_gate("switch", uuid)
-        return await switch(self, uuid, overlays)
+        return await switch(self, uuid, *rest)
 
     async def gated_accomplish(self: Recorder, operations: Any, *rest: Any) -> None:
         await pass_gate("accomplish", operations[0])
