@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
@@ -98,17 +99,20 @@ def shortened(text: str, width: int, *, middle: bool) -> str:
 def shares(rows: Sequence[int], lines: int) -> list[int]:
     """Return how many lines each table gets of those that there are, its head included; the first ones matter most.
 
-    A table with nothing in it takes the line of its title. Where not even heads and one row of each fit, the last
-    tables are left out (0). What remains goes round, a row for each.
+    A table with nothing in it takes the line of its title, which says so. Where heads and one row of each do not fit,
+    the last tables have their title alone, which tells how many rows there are, or nothing. What remains goes round, a
+    row for each.
     """
     given = [HEAD_LINES + 1 if count else 1 for count in rows]
-    left_out = len(given)
-    while left_out and sum(given[:left_out]) > lines:
-        left_out -= 1
-    given[left_out:] = [0] * (len(given) - left_out)
+    for last in reversed(range(len(given))):
+        # The titles behind it count as well.
+        given[last] = given[last] if sum(given) <= lines else 1
+    given = [
+        max(min(mine, lines - before), 0) for mine, before in zip(given, accumulate(given, initial=0), strict=False)
+    ]
     spare = lines - sum(given)
     while spare > 0:
-        wanting = [i for i, count in enumerate(rows) if given[i] and given[i] < HEAD_LINES + count and count]
+        wanting = [i for i, count in enumerate(rows) if HEAD_LINES < given[i] < HEAD_LINES + count]
         if not wanting:
             break
         for i in wanting[:spare]:

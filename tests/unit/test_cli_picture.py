@@ -82,6 +82,7 @@ def test_what_needs_somebody_is_there_when_the_terminal_is_small() -> None:
     assert "-039" in lines[4]
     assert "offline" in lines[4]
     assert any("-038" in line and "failed" in line for line in lines[5:])
+    assert shown(a_board(40), 40, 3)[1:] == ["Hosts: 40", "Chains: 40"]
 
 
 def test_on_a_wide_terminal_nothing_is_left_out() -> None:
@@ -100,9 +101,10 @@ def test_lines_are_shared_out(rows: list[int], lines: int) -> None:
     assert all(after == 0 for before, after in pairwise(given_) if before == 0)
     for count, mine in zip(rows, given_, strict=True):
         assert mine <= (HEAD_LINES + count if count else 1)
-        assert mine == 0 or count == 0 or mine > HEAD_LINES
-    wanting = any(mine and mine < HEAD_LINES + count for count, mine in zip(rows, given_, strict=True) if count)
-    assert not wanting or sum(given_) == lines
+        assert mine in (0, 1) or mine > HEAD_LINES
+    # Titles first, then heads with a row from the front, then rows.
+    assert sum(given_) == min(lines, sum(HEAD_LINES + count if count else 1 for count in rows)) or 1 in given_
+    assert lines < len(rows) or 0 not in given_
 
 
 @given(st.lists(st.integers(1, 60), min_size=2, max_size=6), st.integers(1, 200))
