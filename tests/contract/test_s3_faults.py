@@ -26,7 +26,7 @@ from tests.ceph import Ceph
 from tests.contract.conftest import BUCKET
 from tests.fault_proxy import FaultProxy, fault_proxy
 
-ONCE = ["503", "429", "reset", "lost", "hang"]
+ONCE = ["503", "429", "reset", "lost", "hang", "drip"]
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def objects_through(
 async def test_a_put_survives_a_fault_and_is_there_once(
     ceph: Ceph, proxy: FaultProxy, tmp_path: Path, fault: str
 ) -> None:
-    objects = objects_through(ceph, proxy.endpoint, tmp_path)
+    objects = objects_through(ceph, proxy.endpoint, tmp_path, timeout_s=0.5)
     proxy.faults[:] = [fault, fault]
     await objects.put("packs/00/x", b"content")
     assert not proxy.faults, "the fault was not met"
@@ -56,7 +56,7 @@ async def test_a_put_survives_a_fault_and_is_there_once(
 
 @pytest.mark.parametrize("fault", ONCE)
 async def test_reading_survives_a_fault(ceph: Ceph, proxy: FaultProxy, tmp_path: Path, fault: str) -> None:
-    objects = objects_through(ceph, proxy.endpoint, tmp_path)
+    objects = objects_through(ceph, proxy.endpoint, tmp_path, timeout_s=0.5)
     await objects.put("x", bytes(range(200)))
     for read in (
         lambda: objects.get("x"),
