@@ -189,6 +189,13 @@ class Upkeep:
         found = await self._db.read(sql)
         return {SnapshotId(row[0]): ManifestState(SnapshotId(row[0]), row[1], row[2]) for row in found}
 
+    async def manifest(self, snapshot: SnapshotId) -> ManifestState | None:
+        """Return the state of one snapshot's manifest; None unless it is accomplished."""
+        await sums.check_rows(self._db, "snapshots", "id = ?", (snapshot,))
+        sql = "SELECT manifest_revision, manifest_changes FROM snapshots WHERE id = ? AND state = 'accomplished'"
+        found = await self._db.read(sql, (snapshot,))
+        return ManifestState(snapshot, *found[0]) if found else None
+
     async def manifest_written(self, written: ManifestState, revision: int) -> None:
         """Write down that a revision says what the snapshot was when ``written`` was read; later changes stay."""
         async with self._db.transaction() as cursor:

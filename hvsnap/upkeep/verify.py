@@ -169,7 +169,7 @@ class Verifier:
 
     async def _check_manifest(self, row: Snapshot, result: Verified) -> None:
         """Read a manifest to its end; one that is damaged or missing is written anew from the catalog."""
-        state = (await self._catalog.upkeep.manifests()).get(row.id)
+        state = await self._catalog.upkeep.manifest(row.id)
         if state is None:
             return
         name = ManifestName(row.disk, row.sequence, row.id, state.revision)
@@ -177,7 +177,7 @@ class Verifier:
             async for _page in self._store.manifests.pages(name):
                 pass
         except (Damaged, FormatUnknown, NotFound) as error:
-            if (await self._catalog.upkeep.manifests()).get(row.id) != state:
+            if await self._catalog.upkeep.manifest(row.id) != state:
                 return  # written anew, or deleted, meanwhile
             log.warning("%s; it is written anew", error.message)
             result.manifests[row.id] = error.message
