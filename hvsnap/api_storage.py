@@ -66,4 +66,8 @@ def store(service: Service) -> APIRouter:
     async def verify_snapshots(body: wire.SnapshotVerify) -> wire.Task:
         return views.task(await service.store.verify(body.ids, everything=body.all))
 
+    @router.post("/snapshots/drill", status_code=202)
+    async def drill_snapshot(body: wire.SnapshotDrill) -> wire.Task:
+        return views.task(await service.drills.start(body))
+
     return router

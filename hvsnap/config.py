@@ -211,6 +211,15 @@ class Store(_Table):
         return self
 
 
+class Drill(_Table):
+    """Restore drills: where snapshots are restored for trial, how much of them, how often, how fast."""
+
+    dir: AbsolutePath = ""
+    max_bytes: int = Field(default=64 << 30, ge=0)
+    every_days: int = Field(default=0, ge=0, le=3650)
+    bytes_per_s: int = Field(default=16 * MIB, ge=0)
+
+
 class Limits(_Table):
     """Quotas (SERVICE 3.1, 5.2)."""
 
@@ -279,6 +288,7 @@ class Settings(_Table):
     capture: Capture = Capture()
     alarms: Alarms = Alarms()
     store: Store = Store()
+    drill: Drill = Drill()
     limits: Limits = Limits()
     policies: Policies = Policies()
     usage: Usage = Usage()

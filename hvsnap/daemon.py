@@ -117,6 +117,7 @@ def _of_a_writer(house: House) -> list[asyncio.Task[None]]:
     return [
         asyncio.create_task(house.housekeeping.run(), name="housekeeping"),
         asyncio.create_task(house.scheduler.run(), name="scheduler"),
+        asyncio.create_task(house.service.drills.run(), name="drills"),
     ]
 
 

@@ -42,6 +42,8 @@ class EventType(StrEnum):
     GUEST_STARTED = "guest.started"
     GUEST_START_FAILED = "guest.start-failed"
     VERIFICATION_FAILED = "verification.failed"
+    DRILL_PASSED = "drill.passed"
+    DRILL_FAILED = "drill.failed"
     STORE_INCOMPLETE = "store.incomplete"
     STORE_NEARLY_FULL = "store.nearly-full"
     DAEMON_ONLINE = "daemon.online"

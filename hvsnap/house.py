@@ -23,9 +23,11 @@ from hvsnap.hypervisor.fleet import Fleet, Member
 from hvsnap.hypervisor.libvirt import LibvirtHypervisor
 from hvsnap.hypervisor.libvirt_disks import LibvirtDisks
 from hvsnap.hypervisor.qmp import BareGuest, QmpHypervisor
-from hvsnap.model import Layer
+from hvsnap.model import DiskId, Layer
 from hvsnap.mqtt.publisher import MqttPublisher
+from hvsnap.restore import drill
 from hvsnap.restore.disk import DiskMaker
+from hvsnap.restore.drill import Driller
 from hvsnap.restore.export import ImageExporter
 from hvsnap.restore.instant import InstantDisks
 from hvsnap.restore.occupancy import Occupancy
@@ -40,6 +42,7 @@ from hvsnap.service.chains import Chains
 from hvsnap.service.disks import Disks
 from hvsnap.service.doctor import Doctor, premises
 from hvsnap.service.doctor_guests import DiskLooks
+from hvsnap.service.drills import Drills, DrillSettings
 from hvsnap.service.feed import Feed, newest_sequence
 from hvsnap.service.guests import Guests
 from hvsnap.service.held_back import HeldBack
@@ -186,7 +189,19 @@ async def _furnish(
     server = SnapshotServer(catalog, store, private, str(serve_directory(settings.run_dir)))
     filler = InstantDisks(hypervisor, catalog, store, server, private, _guests_access())
     instants = Instants(catalog, filler, attaching, tasks, uses)
+    housekeeping = Housekeeping(
+        catalog,
+        store,
+        clock,
+        lambda: lease.certain,
+        VerifySettings(settings.store.verify_days, settings.store.verify_bytes_per_s),
+        settings.store.path,
+    )
+    catalog.on_event.append(housekeeping.listen)
+    driller = _driller(settings, catalog, store, private, housekeeping)
+    drilled = ExportRecovery(catalog, driller, uses, drill.KIND)
     recoveries = [captures.recover, restores.recover, attaching.recover, exports.recover, instants.recover]
+    recoveries.append(drilled.recover)
     recovery = Recovery(catalog, recoveries, captures.give_way)
     attendance.also_wake.append(recovery.wake)
     snapshots = Snapshots(catalog, inventory, captures, uses, clock)
@@ -209,15 +224,6 @@ async def _furnish(
     if mqtt is not None:
         announcer.listeners.append(mqtt)
     mqtt_status = _no_mqtt if mqtt is None else mqtt.status
-    housekeeping = Housekeeping(
-        catalog,
-        store,
-        clock,
-        lambda: lease.certain,
-        VerifySettings(settings.store.verify_days, settings.store.verify_bytes_per_s),
-        settings.store.path,
-    )
-    catalog.on_event.append(housekeeping.listen)
     price = settings.usage
     tariff = Tariff(price.price_per_gib_month, price.currency, price.prepaid_gib)
     schedule = ScheduleSettings(settings.policies.late_max_s, settings.policies.workers, limit)
@@ -238,6 +244,17 @@ async def _furnish(
         store=Store(
             catalog, store, snapshots, tasks, housekeeping, url=settings.store.url, directory=settings.store.path
         ),
+        drills=Drills(
+            catalog,
+            inventory,
+            snapshots,
+            driller,
+            tasks,
+            uses,
+            clock,
+            DrillSettings(settings.drill.every_days, settings.drill.bytes_per_s),
+            lambda rows: housekeeping.verify_snapshots(rows, _unreported),
+        ),
         usage=UsageReports(catalog, housekeeping.sampler, clock, tariff),
         tasks=tasks,
         doctor=Doctor(
@@ -247,7 +264,7 @@ async def _furnish(
             inventory,
             guests,
             DiskLooks(hypervisor, inventory, images.image_info),
-            captures.busy_disks,
+            lambda: captures.busy_disks() | {DiskId(one) for one in uses.held()},
             mqtt_status,
             housekeeping.sampler.days_to_full,
         ),
@@ -315,6 +332,18 @@ def _capture_settings(settings: Settings, private: str) -> CaptureSettings:
         rate_max_bytes_s=capture.rate_max_bytes_s,
         alarms=Rules(**settings.alarms.model_dump()),
     )
+
+
+def _driller(
+    settings: Settings, catalog: Catalog, store: PackedBlocks, private: str, housekeeping: Housekeeping
+) -> Driller:
+    """Return what restores for trial, by default into a directory beside the catalog."""
+    directory = settings.drill.dir or str(Path(settings.state_dir) / "drill")
+    return Driller(catalog, store, private, directory, settings.drill.max_bytes, housekeeping.sweep)
+
+
+def _unreported(_done_bytes: int, _total_bytes: int) -> None:
+    """Take a report that nobody waits for."""
 
 
 def _served_to(settings: Settings) -> ServedTo:

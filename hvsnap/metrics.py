@@ -22,6 +22,7 @@ from hvsnap.alarm import Level
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.catalog.figures import DiskFigures, Figures
 from hvsnap.config import Settings
+from hvsnap.drill import Outcome
 from hvsnap.errors import HvsnapError
 from hvsnap.happenings import EventType
 from hvsnap.model import Event
@@ -145,6 +146,7 @@ class _Counts(Collector):
         self._stored = _counter("hvsnap_capture_stored_bytes", "Bytes that the store grew by with them")
         self._rollbacks = _counter("hvsnap_rollbacks", "Rollbacks ended", "outcome")
         self._policy = _counter("hvsnap_policy_runs", "Runs of policies, per disk", "outcome")
+        self._drills = _counter("hvsnap_drills", "Restore drills made, by outcome", "outcome")
         self._verification = _counter("hvsnap_verification_failures", "Verifications that found new damage")
         self._duration = Histogram(
             "hvsnap_capture_duration_seconds",
@@ -160,6 +162,8 @@ class _Counts(Collector):
             self._deleted.labels(why)
         for outcome in ("finished", "failed"):
             self._rollbacks.labels(outcome)
+        for drilled in Outcome:
+            self._drills.labels(drilled)
         for outcome in ("run", "missed", "failed"):
             self._policy.labels(outcome)
         self._began: OrderedDict[str, float] = OrderedDict()
@@ -190,13 +194,15 @@ class _Counts(Collector):
                 self._rollbacks.labels(event.type.rpartition(".")[2]).inc()
             case EventType.POLICY_RUN | EventType.POLICY_MISSED | EventType.POLICY_FAILED:
                 self._policy.labels(event.type.rpartition(".")[2]).inc()
+            case EventType.DRILL_PASSED | EventType.DRILL_FAILED:
+                self._drills.labels(str(about.get("outcome"))).inc()
             case EventType.VERIFICATION_FAILED:
                 self._verification.inc()
 
     def collect(self) -> Iterator[Metric]:
         """Yield them."""
         counters = (self._accomplished, self._failures, self._unusual, self._deleted, self._read, self._stored)
-        for one in (*counters, self._rollbacks, self._policy, self._verification, self._duration):
+        for one in (*counters, self._rollbacks, self._policy, self._drills, self._verification, self._duration):
             yield from one.collect()
 
 
@@ -222,6 +228,10 @@ class _Present(Collector):
             "hvsnap_snapshots_limit",
             "Snapshots that one chain may hold",
             self._sources.settings.limits.snapshots_per_disk,
+        )
+        every_s = self._sources.settings.drill.every_days * 86_400
+        yield _gauge(
+            "hvsnap_drill_interval_seconds", "How often each disk has a drill; 0: only when asked for", every_s
         )
         yield _gauge("hvsnap_captures_running", "Disks being captured, or being brought back afterwards", seen.busy)
         yield _gauge("hvsnap_tasks_running", "New disks, rollbacks, checks at work", seen.tasks)
@@ -256,6 +266,12 @@ def _disks(disks: list[DiskFigures]) -> Iterator[Metric]:
             "Whether a snapshot of it is unusual, and nobody has acknowledged that: 1 by one sign, 2 by both",
             lambda one: ALARMS[one.alarm],
         ),
+        (
+            "hvsnap_last_drill_timestamp_seconds",
+            "When its last restore drill that passed began, since the epoch; 0 without one",
+            lambda one: one.drilled_at or 0,
+        ),
+        ("hvsnap_last_drill_failed", "Whether its newest restore drill did not pass", lambda one: one.drill_failed),
         ("hvsnap_disk_size_bytes", "Size of the disk", lambda one: one.size_bytes),
         ("hvsnap_disk_has_policy", "Whether a policy makes snapshots of it", lambda one: one.policy is not None),
     )

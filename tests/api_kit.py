@@ -18,7 +18,9 @@ from hvsnap.errors import HvsnapError, TargetExists
 from hvsnap.guard import StartGuard
 from hvsnap.hypervisor.images import ImageInfo
 from hvsnap.model import DiskId, GuestUuid, GuestView, Layer, Method, Operation, Progress, SnapshotId
+from hvsnap.restore import drill
 from hvsnap.restore.disk import ATTACH_KIND, NewDisk, Order, Plan
+from hvsnap.restore.drill import Driller
 from hvsnap.restore.export import ImageExporter
 from hvsnap.restore.instant import InstantDisks
 from hvsnap.restore.rollback import RollbackPlan
@@ -31,6 +33,7 @@ from hvsnap.service.chains import Chains
 from hvsnap.service.disks import Disks
 from hvsnap.service.doctor import Doctor, Premises
 from hvsnap.service.doctor_guests import DiskLooks
+from hvsnap.service.drills import Drills, DrillSettings
 from hvsnap.service.feed import Feed
 from hvsnap.service.guests import Guests
 from hvsnap.service.hooks import Hooks
@@ -222,6 +225,8 @@ async def a_house(directory: Path) -> AsyncIterator[House]:
         exporter = ImageExporter(catalog, store, str(directory))
         exports = ExportRecovery(catalog, exporter, uses)
         housekeeping = Housekeeping(catalog, store, clock, lambda: True, VerifySettings(0, 0), directory / "store")
+        driller = Driller(catalog, store, str(directory), str(directory / "drill"), 2 << 20, housekeeping.sweep)
+        drilled = ExportRecovery(catalog, driller, uses, drill.KIND)
         service = Service(
             guests=guests,
             snapshots=snapshots,
@@ -252,6 +257,17 @@ async def a_house(directory: Path) -> AsyncIterator[House]:
                 url=f"file://{directory / 'store'}",
                 directory=directory / "store",
             ),
+            drills=Drills(
+                catalog,
+                inventory,
+                snapshots,
+                driller,
+                tasks,
+                uses,
+                clock,
+                DrillSettings(7, 0),
+                lambda rows: housekeeping.verify_snapshots(rows, lambda _done, _total: None),
+            ),
             usage=UsageReports(catalog, housekeeping.sampler, clock, Tariff(0.5, "EUR", 1.0)),
             tasks=tasks,
             doctor=Doctor(
@@ -265,7 +281,7 @@ async def a_house(directory: Path) -> AsyncIterator[House]:
                 lambda: mqtt,
                 housekeeping.sampler.days_to_full,
             ),
-            recovery=Recovery(catalog, [restores.recover, attaching.recover, exports.recover]),
+            recovery=Recovery(catalog, [restores.recover, attaching.recover, exports.recover, drilled.recover]),
             status=StatusBoard(
                 "host-1", hypervisor, catalog, captures, tasks, lambda: mqtt, clock, housekeeping.sampler
             ),

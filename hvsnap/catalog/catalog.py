@@ -23,6 +23,7 @@ from hvsnap.catalog.blocks import Blocks
 from hvsnap.catalog.chain import IndexArray, Page
 from hvsnap.catalog.changes import Changes
 from hvsnap.catalog.db import REBUILD, Database, Row, settled
+from hvsnap.catalog.drills import Drills
 from hvsnap.catalog.moment import Moment
 from hvsnap.catalog.transaction import Transaction
 from hvsnap.catalog.upkeep import Upkeep
@@ -74,6 +75,7 @@ class Catalog:
         self.upkeep = Upkeep(database, self.blocks)
         self.usage = Usage(database)
         self.changes = Changes(database)
+        self.drills = Drills(database)
         self.on_event: list[Callable[[Event], None]] = []
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hvsnap.catalog.db import Database
+from hvsnap.catalog.db import Database, Row
 from hvsnap.model import DiskId
 
 
@@ -13,7 +13,8 @@ class DiskFigures:
     """One disk. ``last_at`` is when its newest accomplished snapshot was taken (s since the epoch), None without one.
 
     ``failed``: the newest snapshot that has ended failed. ``alarm``: the worst level of those that nobody has
-    acknowledged.
+    acknowledged. ``drilled_at``: when its last restore drill that passed began; ``drill_failed``: its newest one did
+    not pass.
     """
 
     disk: DiskId
@@ -25,6 +26,8 @@ class DiskFigures:
     last_at: float | None
     failed: bool
     alarm: str | None
+    drilled_at: float | None
+    drill_failed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,9 @@ SELECT d.id, d.guest_name, d.target, d.size_bytes, p.name,
        max(s.created_at) FILTER (WHERE s.state = 'accomplished'),
        coalesce(max(s.sequence) FILTER (WHERE s.state = 'failed'), -1)
            > coalesce(max(s.sequence) FILTER (WHERE s.state = 'accomplished'), -1),
-       min(s.alarm ->> 'level') FILTER (WHERE s.alarm ->> 'acknowledged_at' IS NULL)  -- severe < warning
+       min(s.alarm ->> 'level') FILTER (WHERE s.alarm ->> 'acknowledged_at' IS NULL),  -- severe < warning
+       (SELECT max(began_at) FROM drills WHERE disk = d.id AND outcome = 'passed'),
+       (SELECT outcome <> 'passed' FROM drills WHERE disk = d.id ORDER BY number DESC LIMIT 1)
 FROM disks d LEFT JOIN snapshots s ON s.disk = d.id LEFT JOIN policies p ON p.id = d.policy
 WHERE NOT d.released GROUP BY d.id ORDER BY d.guest_name, d.target, d.id
 """
@@ -69,10 +74,13 @@ FROM packs
 
 async def read(database: Database) -> Figures:
     """Return the figures as of now; a few rows of each disk and one pass over the packs, no block and no page."""
-    disks = [
-        DiskFigures(DiskId(disk), guest, target, size, policy, snapshots, last_at, bool(failed), alarm)
-        for disk, guest, target, size, policy, snapshots, last_at, failed, alarm in await database.read(_DISKS)
-    ]
+    disks = [_disk(row) for row in await database.read(_DISKS)]
     (store,) = await database.read(_STORE)
     kinds = await database.read("SELECT kind, count(*) FROM operations GROUP BY kind")
     return Figures(disks, StoreFigures(*store), {str(kind): int(count) for kind, count in kinds})
+
+
+def _disk(row: Row) -> DiskFigures:
+    disk, guest, target, size, policy, snapshots, last_at, failed, alarm, drilled_at, drill_failed = row
+    last = (last_at, bool(failed), alarm, drilled_at, bool(drill_failed))
+    return DiskFigures(DiskId(disk), guest, target, size, policy, snapshots, *last)

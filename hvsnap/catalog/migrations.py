@@ -27,6 +27,7 @@ MIGRATIONS: tuple[str, ...] = (
     _script("schema_alarms.sql"),
     "ALTER TABLE snapshots ADD COLUMN skew_ms REAL;  -- of a group of several guests; NULL: of one guest",
     _script("schema_row_sums.sql"),
+    _script("schema_drills.sql"),
 )
 """Scripts in order; the n-th (from 1) makes version n of version n - 1. A released one is never edited.
 

@@ -7,9 +7,10 @@ import uuid
 from typing import Any
 
 from hvsnap.alarm import Change
-from hvsnap.catalog import chain, changes, deletion, images, origins, policies, rows, sums
+from hvsnap.catalog import chain, changes, deletion, drills, images, origins, policies, rows, sums
 from hvsnap.catalog.chain import IndexArray, Page
 from hvsnap.catalog.db import Cursor
+from hvsnap.drill import Drill
 from hvsnap.errors import DiskUnknown, NotFound, SnapshotUnknown
 from hvsnap.model import (
     Disk,
@@ -124,6 +125,10 @@ class Transaction:
     async def add_change(self, disk: DiskId, change: Change) -> None:
         """Remember how much a disk has changed up to a snapshot."""
         await changes.add(self._cursor, disk, change)
+
+    async def add_drill(self, drill: Drill) -> None:
+        """Remember what came of a restore drill."""
+        await drills.add(self._cursor, drill)
 
     # -- policies ---------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import time
 from urllib.parse import quote, urlsplit
 
 from hvsnap import wire
-from hvsnap.cli import render
+from hvsnap.cli import render_host
 from hvsnap.cli.client import DaemonAbsent
 from hvsnap.cli.complaints import complain
 from hvsnap.cli.session import Session
@@ -42,10 +42,10 @@ def recover(session: Session, image: str = "") -> int:
     answer = _recover(session, image)
     left = [one for one in answer.operations if one.outcome == "still-open"]
     if not left:
-        session.answer(answer, render.recovery(answer))
+        session.answer(answer, render_host.recovery(answer))
         return 0
     if not session.json:
-        session.answer(answer, render.recovery(answer))
+        session.answer(answer, render_host.recovery(answer))
     why = f"{len(left)} of {len(answer.operations)} open operations cannot be settled yet: {left[0].detail}"
     error = Failed(why, hint="do what it says and try again; `hvsnap doctor` says more")
     return complain(error, "recover", as_json=session.json, also=answer.model_dump(mode="json"))
@@ -134,7 +134,7 @@ def doctor(session: Session) -> int:
         report = asyncio.run(_examine_here(session.settings(), error))
     except ConfigInvalid as error:
         report = asyncio.run(_examine_unconfigured(error))
-    session.answer(report, render.doctor(report, all_of_it=not session.quiet))
+    session.answer(report, render_host.doctor(report, all_of_it=not session.quiet))
     return 1 if report.worst is wire.Severity.ERROR else 0
 
 

@@ -145,6 +145,7 @@ def snapshot(s: wire.Snapshot) -> str:
             ("Locked until", when(s.locked_until) if s.locked_until else ""),
             ("Held until", when(s.held_until) if s.held_until else ""),
             ("Unusual", "" if s.alarm is None else alarm(s.alarm)),
+            ("Last drill", drill(s.drill)),
             ("Size", size(s.size_bytes)),
             ("Read", size(s.read_bytes)),
             ("Changed", size(s.changed_bytes)),
@@ -175,6 +176,14 @@ def alarm(a: wire.Alarm) -> str:
     share = f"{a.stored_share:.0%} of it had to be stored (usually up to {a.usual_share:.0%})"
     seen_to = "" if a.acknowledged_at is None else f"; acknowledged {when(a.acknowledged_at)}"
     return f"{a.level}: {rate}, {share}{seen_to}"
+
+
+def drill(d: wire.Drill | None) -> str:
+    """Return what came of a restore drill, as one line; empty for none."""
+    if d is None:
+        return ""
+    what = f"{size(d.written_bytes)} in {duration(d.duration_s)}" if d.outcome == "passed" else d.error
+    return f"{d.outcome} {when(d.began_at)} ({d.snapshot}: {what})"
 
 
 def impact(i: wire.Impact) -> str:
@@ -235,6 +244,7 @@ def chain(answer: wire.Chain) -> str:
             ("Snapshots", f"{answer.snapshots} of at most {answer.limit}"),
             ("Logical", size(answer.logical_bytes)),
             ("Stored", size(answer.stored_bytes)),
+            ("Last drill", drill(answer.drill)),
         ]
     )
     names = ("", "ID", "NAME", "PARENT", "CREATED", "KIND", "CHANGED", "EXCLUSIVE", "STATE")
@@ -254,29 +264,6 @@ def chain(answer: wire.Chain) -> str:
     ]
     note = "\n* the disk's present state continues from this one" if any(node.head for node in answer.nodes) else ""
     return f"{about}\n\n{table(names, rows)}{note}"
-
-
-def doctor(report: wire.DoctorReport, *, all_of_it: bool = True) -> str:
-    """Return the findings, the remedy below each one that needs it; else only what needs attention."""
-    lines = []
-    for finding in report.findings:
-        if not all_of_it and finding.severity in ("ok", "info"):
-            continue
-        evidence = f" ({safe(finding.evidence)})" if finding.evidence else ""
-        lines.append(f"{finding.severity.upper():<8} {finding.check}: {safe(finding.what)}{evidence}")
-        if finding.remedy and finding.severity != "ok":
-            lines.append(f"{'':<8} -> {safe(finding.remedy)}")
-    return "\n".join(lines)
-
-
-def recovery(answer: wire.Recovery) -> str:
-    """Return what a recovery did."""
-    if not answer.operations:
-        return "nothing was open"
-    return "\n".join(
-        f"{one.kind} {one.id} of {safe(one.guest)}: {one.outcome}" + (f" ({safe(one.detail)})" if one.detail else "")
-        for one in answer.operations
-    )
 
 
 def plan(p: wire.RollbackPlan) -> str:

@@ -46,6 +46,14 @@ def verify(session: Session, ids: Sequence[str], *, everything: bool, detach: bo
         return _ended(session, client, task, "snapshot-verify", detach=detach)
 
 
+def drill(session: Session, snapshot: str, disk: str, *, detach: bool) -> int:
+    """Restore a snapshot for trial; return the exit status."""
+    request = body(wire.SnapshotDrill, snapshot=snapshot, disk=disk)
+    with session.client() as client:
+        task = client.post("/snapshots/drill", wire.Task, request)
+        return _ended(session, client, task, "snapshot-drill", detach=detach)
+
+
 def _ended(session: Session, client: Client, task: wire.Task, what: str, *, detach: bool) -> int:
     """Follow a task and tell what it found; damage is an error, with all that is known of it."""
     if detach:
@@ -112,6 +120,8 @@ def shown(answer: wire.StoreInfo) -> str:
             ("Swept", "now" if answer.sweeping else render.when(answer.swept_at)),
             ("Verified", verified),
             ("Damaged", damaged if answer.damaged_blocks else ""),
+            ("Last drill", render.drill(answer.drill)),
+            ("Drills", f"{count(answer.drills_failed, 'disk')} did not pass" if answer.drills_failed else ""),
         ]
     )
 
@@ -121,6 +131,8 @@ def found(result: wire.TaskResult | None, *, quiet: bool) -> str:
     match result:
         case wire.SnapshotsVerified():
             return _verified(result, quiet=quiet)
+        case wire.SnapshotDrilled():
+            return _drilled(result, quiet=quiet)
         case wire.StoreChecked():
             return _checked(result, quiet=quiet)
         case wire.StoreCompacted():
@@ -139,6 +151,14 @@ def _verified(result: wire.SnapshotsVerified, *, quiet: bool) -> str:
         healed = f", {result.healed_blocks} whole again" if result.healed_blocks else ""
         lines.append(f"{what}: {result.damaged_blocks or 'none'} damaged{healed}")
     return "\n".join(lines)
+
+
+def _drilled(result: wire.SnapshotDrilled, *, quiet: bool) -> str:
+    if quiet:
+        return ""
+    where = f"{result.snapshot} of {safe(result.guest)}/{safe(result.target)} restores"
+    done = f"{render.size(result.written_bytes)} written, checked and compared in {render.duration(result.duration_s)}"
+    return f"{where}: {done}; nothing of it is left"
 
 
 def _checked(result: wire.StoreChecked, *, quiet: bool) -> str:

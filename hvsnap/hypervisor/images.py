@@ -175,14 +175,20 @@ async def _create_encrypted(*arguments: str, key: Passphrase) -> None:
                 raise
 
 
-async def create_image(path: str, image_format: str, size_bytes: int, *, like: str | None = None) -> None:
+async def create_image(
+    path: str, image_format: str, size_bytes: int, *, like: str | None = None, key: Passphrase | None = None
+) -> None:
     """Create a new sparse image, owned like another one if that is named; raises :class:`TargetExists`.
 
-    Nothing is left behind when it fails.
+    With a ``key`` it is an encrypted qcow2. Nothing is left behind when it fails.
     """
     await asyncio.to_thread(_create_empty, path, like)
     try:
-        await run("qemu-img", "create", "-q", "-f", image_format, path, str(size_bytes))
+        if key is None:
+            await run("qemu-img", "create", "-q", "-f", image_format, path, str(size_bytes))
+        else:
+            options = f"{CREATE_OPTIONS},encrypt.iter-time={KEY_MS}"
+            await _create_encrypted("-f", image_format, "-o", options, path, str(size_bytes), key=key)
     except BaseException:
         await asyncio.shield(remove(path))
         raise
@@ -191,6 +197,12 @@ async def create_image(path: str, image_format: str, size_bytes: int, *, like: s
 async def format_device(path: str, image_format: str, size_bytes: int) -> None:
     """Write an empty image onto a block device, over whatever is there."""
     await run("qemu-img", "create", "-q", "-f", image_format, path, str(size_bytes))
+
+
+async def check_image(path: str, *, key: Passphrase | None = None) -> None:
+    """Let QEMU check the tables of a qcow2 image that nobody writes to; raises :class:`HypervisorFailed`."""
+    how, image = named(path, "qcow2", key)
+    await run("qemu-img", "check", "-q", *how, image, key=key)
 
 
 async def largest_size(image_format: str, size_bytes: int) -> int:

@@ -17,6 +17,7 @@ from hvsnap.model import Consistency, Kind
 from hvsnap.mqtt.payloads import (
     DaemonPayload,
     DiskPayload,
+    DrillPayload,
     GuestFailedPayload,
     GuestPayload,
     ImagePayload,
@@ -277,6 +278,13 @@ class VerificationEvent(EventMessage):
     payload: VerificationPayload
 
 
+class DrillEvent(EventMessage):
+    """A restore drill has passed, or has not."""
+
+    type: Literal[EventType.DRILL_PASSED, EventType.DRILL_FAILED]
+    payload: DrillPayload
+
+
 class StoreIncompleteEvent(EventMessage):
     """The store is older than the catalog, or lacks something."""
 
@@ -313,6 +321,7 @@ AnyEvent = Annotated[
     | GuestEvent
     | GuestStartFailedEvent
     | VerificationEvent
+    | DrillEvent
     | StoreIncompleteEvent
     | StoreNearlyFullEvent
     | DaemonEvent,

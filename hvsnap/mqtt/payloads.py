@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import AwareDatetime, BaseModel, Field
 
 from hvsnap.alarm import Level
+from hvsnap.drill import Outcome
 from hvsnap.model import Consistency, Kind, Method, State
 
 
@@ -119,6 +120,16 @@ class PolicyFailedPayload(DiskPayload):
 
     policy: str = Field(description="its name")
     error: str
+
+
+class DrillPayload(DiskPayload):
+    """A restore drill: a snapshot that was restored for trial."""
+
+    snapshot: str
+    outcome: Outcome = Field(description="damaged: it does not restore; failed: the drill could not be carried out")
+    written_bytes: int = Field(ge=0, description="what was restored")
+    duration_s: float
+    error: str = Field(description="why it did not pass; empty if it did")
 
 
 class VerificationPayload(BaseModel):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from hvsnap import wire
 from hvsnap.catalog.catalog import Catalog
+from hvsnap.drill import Drill
 from hvsnap.model import ChainUsage, Disk, Snapshot, State
 from hvsnap.service import views
 from hvsnap.service.freeing import (
@@ -35,11 +36,12 @@ class Chains:
         rows = await self._catalog.snapshots()
         parents = parents_of(rows)
         counts = await count_references(self._catalog)
+        drills = await self._catalog.drills.newest()
         chains = []
         for disk in await self._catalog.disks(include_released=True):
             nodes = [row for row in rows if row.disk == disk.id and row.state is State.ACCOMPLISHED]
             if nodes:
-                chains.append(self._summary(disk, await self._usage(disk, nodes, parents, counts)))
+                chains.append(self._summary(disk, await self._usage(disk, nodes, parents, counts), drills.get(disk.id)))
         return wire.ChainList(chains=chains)
 
     async def info(self, name: str) -> wire.Chain:
@@ -48,12 +50,14 @@ class Chains:
         rows = await self._catalog.snapshots()
         nodes = [row for row in rows if row.disk == disk.id and row.state is State.ACCOMPLISHED]
         usage = await self._usage(disk, nodes, parents_of(rows), await count_references(self._catalog))
-        summary = self._summary(disk, usage)
+        drills = await self._catalog.drills.newest()
+        of_snapshots = await self._catalog.drills.of_snapshots()
+        summary = self._summary(disk, usage, drills.get(disk.id))
         return wire.Chain(
             **summary.model_dump(),
             nodes=[
                 wire.ChainNode(
-                    snapshot=views.snapshot(row, disk, self._captures.progress(row.id)),
+                    snapshot=views.snapshot(row, disk, self._captures.progress(row.id), of_snapshots.get(row.id)),
                     exclusive_bytes=usage.exclusive_bytes[row.id],
                     head=row.id == disk.head,
                 )
@@ -72,7 +76,7 @@ class Chains:
             exclusive_bytes={row.id: await freed_bytes(self._catalog, [row.id], parents, counts) for row in nodes},
         )
 
-    def _summary(self, disk: Disk, usage: ChainUsage) -> wire.ChainSummary:
+    def _summary(self, disk: Disk, usage: ChainUsage, drill: Drill | None) -> wire.ChainSummary:
         return wire.ChainSummary(
             disk=disk.id,
             guest=disk.guest_name,
@@ -83,6 +87,7 @@ class Chains:
             head=disk.head,
             snapshots=usage.snapshots,
             limit=self._snapshots_max,
+            drill=views.drill(drill),
             size_bytes=disk.size_bytes,
             logical_bytes=usage.logical_bytes,
             stored_bytes=usage.stored_bytes,

@@ -252,6 +252,7 @@ class Doctor:
             disks = await self._catalog.disks(include_released=True)
             snapshots = await self._catalog.snapshots()
             operations = await self._catalog.operations()
+            drills = await self._catalog.drills.newest()
         except HvsnapError as error:
             return [
                 Finding(
@@ -265,7 +266,8 @@ class Doctor:
         open_now = findings.operations(operations, sum(1 for one in operations if _is_worked_on(one, busy)))
         newest_s = max((row.created_at for row in snapshots), default=0.0)
         filling = findings.filling(await self._days_to_full())
-        unusual = findings_snapshots.unusual({disk.id: disk for disk in disks if not disk.released}, snapshots)
+        present = {disk.id: disk for disk in disks if not disk.released}
+        unusual = findings_snapshots.unusual(present, snapshots) + findings_snapshots.drills(present, drills)
         return [ok, *filling, open_now, *unusual, *findings_host.clock_before(newest_s, time.time())]
 
 
@@ -277,7 +279,7 @@ def _is_worked_on(operation: Operation, busy: set[DiskId]) -> bool:
     """Whether this process is at work on a journal entry."""
     if operation.kind == KIND:
         return any(disk.disk in busy for disk in CaptureFacts.of(operation).disks)
-    return operation.facts.get("disk") in busy
+    return operation.facts.get("disk") in busy or operation.facts.get("target") in busy
 
 
 def _is_device(path: str) -> bool:

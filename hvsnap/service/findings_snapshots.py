@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from hvsnap.alarm import Level
 from hvsnap.capture.alarms import last_good
+from hvsnap.drill import Drill, Outcome
 from hvsnap.model import Disk, DiskId, Snapshot, State
 from hvsnap.service.findings import size
 from hvsnap.wire import Finding, Severity
@@ -40,3 +41,21 @@ def _unusual(disk: Disk, alarmed: Sequence[Snapshot], good: Snapshot | None) -> 
         evidence=evidence,
         remedy=f"look into the guest; {keep}if all is well there: `hvsnap snapshot-edit {newest.id} --usual`",
     )
+
+
+def drills(disks: Mapping[DiskId, Disk], newest: Mapping[str, Drill]) -> list[Finding]:
+    """Tell of each disk whose newest restore drill did not pass."""
+    last = [(disk, newest[disk.id]) for disk in disks.values() if disk.id in newest]
+    return [_drill(disk, drill) for disk, drill in last if drill.outcome is not Outcome.PASSED]
+
+
+def _drill(disk: Disk, drill: Drill) -> Finding:
+    where = f"the last restore drill of disk {disk.target} of {disk.guest_name}"
+    evidence = f"{drill.snapshot}: {drill.error}"
+    if drill.outcome is Outcome.DAMAGED:
+        what = f"{where} shows a snapshot that does not restore"
+        remedy = f"`hvsnap snapshot-verify {drill.snapshot}` names what is damaged; make a snapshot of the disk now"
+        return Finding(severity=Severity.ERROR, check="restore-drill", what=what, evidence=evidence, remedy=remedy)
+    remedy = f"see to it, then `hvsnap snapshot-drill --disk {disk.id}`"
+    what = f"{where} did not come to its end"
+    return Finding(severity=Severity.WARNING, check="restore-drill", what=what, evidence=evidence, remedy=remedy)

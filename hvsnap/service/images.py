@@ -19,6 +19,7 @@ from hvsnap.restore import export
 from hvsnap.restore.export import Exported
 from hvsnap.service.disks import check_place
 from hvsnap.service.names import check_description, check_name
+from hvsnap.service.recovery import Undo
 from hvsnap.service.snapshots import Snapshots
 from hvsnap.service.tasks import TaskRun, Tasks, TaskView
 from hvsnap.service.uses import Uses
@@ -160,11 +161,12 @@ def _view(image: Image, row: Snapshot, disk: Disk) -> wire.Image:
 
 
 class ExportRecovery:
-    """Removes files that a crash left half-written."""
+    """Removes files that a crash left half-written: of exports, or of another ``kind`` of work on a file."""
 
-    def __init__(self, catalog: Catalog, exporter: Exporter, uses: Uses) -> None:
+    def __init__(self, catalog: Catalog, exporter: Undo, uses: Uses, kind: str = export.KIND) -> None:
         self._catalog = catalog
         self._exporter = exporter
+        self._kind = kind
         self._uses = uses
         self._turn = asyncio.Lock()
 
@@ -174,7 +176,7 @@ class ExportRecovery:
             # First who is at work, then the journal: work that ends in between must not be taken for a crash's.
             held = self._uses.held()
             outcome: list[tuple[Operation, HvsnapError | None]] = []
-            for operation in await self._catalog.operations(export.KIND):
+            for operation in await self._catalog.operations(self._kind):
                 path = str(operation.facts["target"])
                 if (only is None or operation.id in only) and path not in held | self._uses.held():
                     outcome += await self._settle(operation, path)

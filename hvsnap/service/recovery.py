@@ -17,7 +17,7 @@ from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import HvsnapError, NotFound
 from hvsnap.guard import ROLLBACK, StartGuard
 from hvsnap.model import DiskId, Operation, OperationId, Progress, SnapshotId, State
-from hvsnap.restore import disk, export, instant, rollback
+from hvsnap.restore import disk, drill, export, instant, rollback
 from hvsnap.service.uses import Uses
 
 log = logging.getLogger(__name__)
@@ -212,6 +212,8 @@ class Recovery:
             whole = operation.step == export.Step.NAMED
             outcome = "finished" if whole else "undone"
             detail = "the file is whole" if whole else "what was half-written is removed"
+        elif operation.kind == drill.KIND:
+            outcome, detail = "undone", "what was restored for trial is removed"
         elif operation.kind == disk.KIND and operation.step == disk.Step.NAMED:
             outcome, detail = "finished", "the disk is whole"
         elif operation.kind == instant.KIND:

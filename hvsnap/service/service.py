@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hvsnap.service.chains import Chains
 from hvsnap.service.disks import Disks
 from hvsnap.service.doctor import Doctor
+from hvsnap.service.drills import Drills
 from hvsnap.service.feed import Feed
 from hvsnap.service.guests import Guests
 from hvsnap.service.hooks import Hooks
@@ -38,6 +39,7 @@ class Service:
     rollbacks: Rollbacks
     images: Images
     store: Store
+    drills: Drills
     usage: UsageReports
     tasks: Tasks
     doctor: Doctor

@@ -8,6 +8,7 @@ from dataclasses import replace
 from hvsnap import wire
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.catalog.images import promoted
+from hvsnap.drill import Drill
 from hvsnap.errors import BadRequest, Refused, SnapshotInUse, SnapshotLocked, SnapshotUnknown
 from hvsnap.happenings import EventType, snapshot_payload
 from hvsnap.model import Disk, Operation, Snapshot, SnapshotId, State
@@ -78,7 +79,10 @@ class Snapshots:
         rows = [row for row in await self._catalog.snapshots(state=state) if row.disk in wanted]
         rows.sort(key=lambda row: (row.created_at, row.sequence), reverse=True)
         by_id = {known.id: known for known in disks}
-        return wire.SnapshotList(snapshots=[self._view(row, by_id[row.disk]) for row in rows[:limit]])
+        drills = await self._catalog.drills.of_snapshots()
+        return wire.SnapshotList(
+            snapshots=[self._view(row, by_id[row.disk], drills.get(row.id)) for row in rows[:limit]]
+        )
 
     async def views(self, rows: Sequence[Snapshot]) -> wire.SnapshotList:
         """Return these snapshots in their order."""
@@ -89,7 +93,8 @@ class Snapshots:
     async def info(self, snapshot_id: str) -> wire.Snapshot:
         """Return one snapshot; raises :class:`SnapshotUnknown`."""
         row = await self.row(snapshot_id)
-        return self._view(row, await self._catalog.disk(row.disk))
+        drills = await self._catalog.drills.of_snapshots()
+        return self._view(row, await self._catalog.disk(row.disk), drills.get(row.id))
 
     async def row(self, snapshot_id: str) -> Snapshot:
         """Return one snapshot's row; raises :class:`SnapshotUnknown` with a bounded form of what was asked."""
@@ -208,8 +213,8 @@ class Snapshots:
                 raise promoted(name, behind)
         check_unused(ids, await self._catalog.snapshots(state=State.PROGRESSING), await self._catalog.operations())
 
-    def _view(self, row: Snapshot, disk: Disk) -> wire.Snapshot:
-        return views.snapshot(row, disk, self._captures.progress(row.id))
+    def _view(self, row: Snapshot, disk: Disk, drill: Drill | None = None) -> wire.Snapshot:
+        return views.snapshot(row, disk, self._captures.progress(row.id), drill)
 
 
 def _shown(moment: float) -> str:

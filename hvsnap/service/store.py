@@ -9,13 +9,14 @@ from pathlib import Path
 from hvsnap import wire
 from hvsnap.capture.pipeline import Meter
 from hvsnap.catalog.catalog import Catalog
+from hvsnap.drill import Outcome
 from hvsnap.errors import BadRequest, Refused
 from hvsnap.model import SnapshotId, State
 from hvsnap.service.housekeeping import Housekeeping
 from hvsnap.service.sampling import device_space
 from hvsnap.service.snapshots import Snapshots
 from hvsnap.service.tasks import TaskRun, Tasks, TaskView
-from hvsnap.service.views import when, when_or_none
+from hvsnap.service.views import drill, when, when_or_none
 from hvsnap.store.blocks import PackedBlocks
 from hvsnap.upkeep.check import HARMLESS
 from hvsnap.upkeep.plan import Fate
@@ -55,6 +56,7 @@ class Store:
         """Return the store at a glance, by the catalog's figures."""
         packs = await self._catalog.upkeep.packs()
         verified = [pack.verified_at for pack in packs if pack.verified_at is not None]
+        drills = (await self._catalog.drills.newest()).values()
         free, total = (0, 0) if self._directory is None else await asyncio.to_thread(device_space, self._directory)
         return wire.StoreInfo(
             url=self._url,
@@ -73,6 +75,8 @@ class Store:
             affected=await self._affected(await damaged_snapshots(self._catalog)),
             unverified_packs=len(packs) - len(verified),
             verified_since=when(min(verified)) if verified else None,
+            drill=drill(max(drills, key=lambda one: one.began_at, default=None)),
+            drills_failed=sum(one.outcome is not Outcome.PASSED for one in drills),
         )
 
     def check(self) -> TaskView:

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 from hvsnap import wire
 from hvsnap.alarm import Alarm
+from hvsnap.drill import Drill
 from hvsnap.model import Disk, Event, Progress, Snapshot, State
 from hvsnap.service.tasks import TaskView
 
@@ -26,8 +27,24 @@ def alarm(value: Alarm) -> wire.Alarm:
     return wire.Alarm(**asdict(value) | {"acknowledged_at": when_or_none(value.acknowledged_at)})
 
 
-def snapshot(row: Snapshot, disk: Disk, progress: Progress | None = None) -> wire.Snapshot:
-    """Return a snapshot; ``progress`` is that of its running capture."""
+def drill(value: Drill | None) -> wire.Drill | None:
+    """Return a restore drill, or None for none."""
+    if value is None:
+        return None
+    return wire.Drill(
+        snapshot=value.snapshot,
+        began_at=when(value.began_at),
+        duration_s=value.ended_at - value.began_at,
+        outcome=value.outcome,
+        written_bytes=value.written_bytes,
+        error=value.error,
+    )
+
+
+def snapshot(
+    row: Snapshot, disk: Disk, progress: Progress | None = None, drilled: Drill | None = None
+) -> wire.Snapshot:
+    """Return a snapshot; ``progress`` is that of its running capture, ``drilled`` its newest drill."""
     if row.state is not State.PROGRESSING:
         progress = None
     # 100 is for what is durable, not for what was read (SERVICE 2.4).
@@ -61,6 +78,7 @@ def snapshot(row: Snapshot, disk: Disk, progress: Progress | None = None) -> wir
         expires_at=when_or_none(row.expires_at),
         locked_until=when_or_none(row.locked_until),
         held_until=when_or_none(row.held_until),
+        drill=drill(drilled),
         alarm=None if row.alarm is None else alarm(row.alarm),
         impact=None if row.impact is None else wire.Impact(**asdict(row.impact)),
         progress=percent,

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from hvsnap.errors import NotFound, ObjectExists, StoreFailed
 from hvsnap.model import BLOCK_SIZE_DEFAULT, ZERO_BLOCK
 from hvsnap.ports import BlockIndex, ObjectStore, Stored
-from hvsnap.store.codec import Codec
+from hvsnap.store.codec import Codec, digest_blocks
 from hvsnap.store.fetch import Fetcher
 from hvsnap.store.images import ImageObjects
 from hvsnap.store.intake import Intake, Workers
@@ -140,6 +140,10 @@ class PackedBlocks:
         if stored.size:
             digests[stored] = await self._index.digests(ids[stored])
         return digests
+
+    async def digests_of(self, data: memoryview) -> dict[int, bytes]:
+        """Return the digests of consecutive blocks as they would be stored, by position; of zeroes there is none."""
+        return await self._workers.run(digest_blocks, data, self.block_size, self.repository.keys.block)
 
     async def close(self) -> None:
         """Finish what somebody waits for, give up what nobody does, let the threads go."""

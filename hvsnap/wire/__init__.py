@@ -21,6 +21,7 @@ POST /v1/snapshots/{id}/unserve                         Served         ends it, 
 GET  /v1/served                                         ServedList
 POST /v1/snapshots/delete            SnapshotDelete     Deletion       all of them or none; with ``dry_run`` the plan
 POST /v1/snapshots/verify            SnapshotVerify     Task           202; reads every block again
+POST /v1/snapshots/drill             SnapshotDrill      Task           202; restores for trial, and compares
 GET  /v1/policies                                       PolicyList
 POST /v1/policies                    PolicyCreate       Policy         201
 POST /v1/policies/{policy}/edit      PolicyEdit         Policy         for snapshots made from then on
@@ -91,6 +92,7 @@ from hvsnap.wire.disks import (
     RolledBack,
     SetBack,
 )
+from hvsnap.wire.drills import Drill, SnapshotDrill, SnapshotDrilled
 from hvsnap.wire.guests import BitmapHealth, Guest, GuestDisk, GuestList, Protection
 from hvsnap.wire.host import (
     DoctorReport,
@@ -172,6 +174,7 @@ __all__ = [
     "DiskRelease",
     "DiskReleased",
     "DoctorReport",
+    "Drill",
     "Error",
     "Event",
     "Finding",
@@ -221,6 +224,8 @@ __all__ = [
     "Snapshot",
     "SnapshotCreate",
     "SnapshotDelete",
+    "SnapshotDrill",
+    "SnapshotDrilled",
     "SnapshotEdit",
     "SnapshotList",
     "SnapshotLock",

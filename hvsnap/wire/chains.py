@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from hvsnap.wire.base import Answer
+from hvsnap.wire.drills import Drill
 from hvsnap.wire.snapshots import Snapshot
 
 
@@ -20,6 +21,7 @@ class ChainSummary(Answer):
     head: str | None = Field(description="the snapshot that the disk's present state continues from")
     snapshots: int = Field(description="accomplished ones")
     limit: int = Field(description="how many snapshots the chain may hold")
+    drill: Drill | None = Field(default=None, description="the newest restore drill of the disk; null: it had none")
     size_bytes: int
     logical_bytes: int = Field(description="what all its snapshots restore to, together")
     stored_bytes: int = Field(description="what the store holds for them; blocks shared within the chain count once")

@@ -9,6 +9,7 @@ from pydantic import AwareDatetime, Field
 from hvsnap.alarm import Level
 from hvsnap.model import Consistency, Kind, Method, State
 from hvsnap.wire.base import Answer, Name, Request
+from hvsnap.wire.drills import Drill
 
 
 class Impact(Answer):
@@ -71,6 +72,7 @@ class Snapshot(Answer):
         default=None,
         description="no rule lets it go before, since a later one is unusual; its owner may delete it",
     )
+    drill: Drill | None = Field(default=None, description="its newest restore drill; null: it had none")
     alarm: Alarm | None = Field(default=None, description="null: nothing is unusual about it")
     impact: Impact | None = Field(description="null: not measured, since the guest was off or did too little to tell")
     progress: int = Field(ge=0, le=100, description="percent")

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import AwareDatetime, Field
 
 from hvsnap.wire.base import Answer, Request
+from hvsnap.wire.drills import Drill
 from hvsnap.wire.snapshots import AffectedSnapshot
 
 
@@ -101,4 +102,6 @@ class StoreInfo(Answer):
     damaged_blocks: int = Field(description="known ones")
     affected: list[AffectedSnapshot]
     unverified_packs: int = Field(description="never read again since they were written")
+    drill: Drill | None = Field(default=None, description="the newest restore drill of all; null: there was none")
+    drills_failed: int = Field(default=0, description="disks whose newest drill did not pass")
     verified_since: AwareDatetime | None = Field(description="every other pack was verified since; null if none was")

@@ -9,6 +9,7 @@ from pydantic import AwareDatetime, Field
 
 from hvsnap.wire.base import Answer, Error
 from hvsnap.wire.disks import DiskCreated, Reinitialised, RollbackPlan, RolledBack
+from hvsnap.wire.drills import SnapshotDrilled
 from hvsnap.wire.images import ImageExported
 from hvsnap.wire.snapshots import SnapshotsVerified
 from hvsnap.wire.store import StoreChecked, StoreCompacted
@@ -24,7 +25,14 @@ class TaskState(StrEnum):
 
 
 TaskResult = (
-    DiskCreated | RolledBack | Reinitialised | ImageExported | SnapshotsVerified | StoreChecked | StoreCompacted
+    DiskCreated
+    | RolledBack
+    | Reinitialised
+    | ImageExported
+    | SnapshotsVerified
+    | SnapshotDrilled
+    | StoreChecked
+    | StoreCompacted
 )
 """What work returns, by its kind."""
 

@@ -26,6 +26,14 @@ DAEMON = {"host": "kvm1", "version": "0.1.0"}
 SNAPSHOT = snapshot_payload(DISK, a_snapshot(DISK.id, 1, group=GroupId("g-aaaaaaaaaaaa")))
 FAILED = snapshot_payload(DISK, a_snapshot(DISK.id, 1, state=State.FAILED, error="no space"))
 
+DRILL = disk_payload(DISK) | {
+    "snapshot": "s-aaaaaaaaaaaa",
+    "outcome": "passed",
+    "written_bytes": 65536,
+    "duration_s": 1.5,
+    "error": "",
+}
+
 PAYLOADS: dict[EventType, dict[str, Any]] = {
     EventType.SNAPSHOT_CREATED: SNAPSHOT,
     EventType.SNAPSHOT_ACCOMPLISHED: SNAPSHOT,
@@ -67,6 +75,8 @@ PAYLOADS: dict[EventType, dict[str, Any]] = {
     EventType.GUEST_STARTED: GUEST,
     EventType.GUEST_START_FAILED: GUEST | {"error": "no network"},
     EventType.VERIFICATION_FAILED: {"snapshots": ["s-aaaaaaaaaaaa"], "blocks": 2, "detail": "its digest is wrong"},
+    EventType.DRILL_PASSED: DRILL,
+    EventType.DRILL_FAILED: DRILL | {"outcome": "damaged", "written_bytes": 0, "error": "block 7 is damaged"},
     EventType.STORE_INCOMPLETE: {"missing": ["packs/ab/ab"], "count": 1},
     EventType.STORE_NEARLY_FULL: {"free_bytes": 1, "total_bytes": 100, "days_to_full": 2.5},
     EventType.DAEMON_ONLINE: DAEMON,

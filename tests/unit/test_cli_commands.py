@@ -50,6 +50,7 @@ COMMANDS = {
     "recover",
     "snapshot-create",
     "snapshot-delete",
+    "snapshot-drill",
     "snapshot-edit",
     "snapshot-info",
     "snapshot-list",

@@ -32,7 +32,20 @@ class Layer(IntEnum):
     COMMAND_LINE = 8
 
 
-VALUES = {"", "__main__", "alarm", "config", "errors", "happenings", "instant", "model", "ports", "reserve", "secret"}
+VALUES = {
+    "",
+    "__main__",
+    "alarm",
+    "config",
+    "drill",
+    "errors",
+    "happenings",
+    "instant",
+    "model",
+    "ports",
+    "reserve",
+    "secret",
+}
 """Everybody may speak of these; they know nothing but each other."""
 
 PURE = {

@@ -41,6 +41,30 @@ def snapshot_verify(
     return store.verify(session, ids or [], everything=everything, detach=detach)
 
 
+@command("snapshot-drill", SNAPSHOTS, example="hvsnap snapshot-drill --disk web01/vda")
+def snapshot_drill(
+    session: Session,
+    snapshot: Annotated[
+        str, typer.Argument(metavar="SNAPSHOT", show_default=False, help="Its id.", autocompletion=words.snapshots)
+    ] = "",
+    disk: Annotated[
+        str,
+        typer.Option(
+            metavar="DISK", show_default=False, help="Instead: the newest of this disk.", autocompletion=words.disks
+        ),
+    ] = "",
+    detach: Detach = False,
+) -> int:
+    """Restore a snapshot for trial: proof that it restores. Nothing of it is left.
+
+    The image is written as in earnest, checked by qemu-img, read back and compared with the manifests, block by block.
+    It needs as much space as the snapshot has data (drill.dir, drill.max_bytes). Exits with 7 if it does not restore.
+    """
+    from hvsnap.cli import store
+
+    return store.drill(session, snapshot, disk, detach=detach)
+
+
 @command("store-info", STORE, example="hvsnap store-info")
 def store_info(session: Session) -> None:
     """Show what the store holds, and whether damage is known."""
