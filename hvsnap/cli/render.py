@@ -167,7 +167,12 @@ def served(answer: wire.ServedList, *, headers: bool = True) -> str:
 
 def skew(ms: float) -> str:
     """Return how far the instants of a group's guests are apart at most."""
-    return f"at most {math.ceil(ms * 10) / 10:.1f} ms between its guests" if ms else "none: one instant for all guests"
+    return f"{bound(ms)} between its guests" if ms else "none: one instant for all guests"
+
+
+def bound(ms: float) -> str:
+    """Return a time that is not exceeded: rounded up."""
+    return f"at most {math.ceil(ms * 10) / 10:.1f} ms"
 
 
 def alarm(a: wire.Alarm) -> str:
@@ -311,6 +316,7 @@ def _made(s: wire.Snapshot) -> str:
         f"{size(s.read_bytes)} read",
         f"{size(s.stored_bytes)} stored",
         f"{s.consistency}-consistent",
+        *([f"skew {bound(s.skew_ms)}"] if s.skew_ms else []),
     ]
     return f"{s.id}  {', '.join(words)}" + (f" ({one_line(s.reason)})" if s.reason else "")
 

@@ -208,6 +208,16 @@ def test_frozen_guests_hold_no_effect_without_its_cause(
     assert 0 < seen[0][0] < seen[1][0]
     cause, effect = (number_in(daemon, one, workdir) for one in apart)
     assert cause < effect
+    # The daemon dies while both are frozen: the next one thaws them, and nobody was switched.
+    with daemon.gate("switch") as gate:
+        made = daemon.begin(first.name, others=[wire.GuestDisks(guest=second.name)], consistency="app")
+        gate.reached(first.uuid, second.uuid)
+        daemon.kill()
+    daemon.start()
+    daemon.settled()
+    for guest in guests:
+        guest.run("echo thawed > /mnt/thawed && sync", 30)
+    assert [daemon.info(one.id).state for one in made] == ["failed", "failed"]
 
 
 def number_in(daemon: DoctoredDaemon, snapshot: wire.Snapshot, workdir: Path) -> int:

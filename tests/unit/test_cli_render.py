@@ -125,6 +125,7 @@ def test_further_guests_that_are_not_named_clearly_are_wrong_usage(texts: list[s
 @pytest.mark.parametrize(("ms", "shown"), [(0.0, "none"), (12.301, "at most 12.4 ms"), (0.001, "at most 0.1 ms")])
 def test_a_skew_is_never_shown_smaller_than_it_is(ms: float, shown: str) -> None:
     assert render.skew(ms).startswith(shown)
+    assert ms == 0 or render.bound(ms) == shown
 
 
 def test_watch_off_a_terminal_tells_progress_now_and_then(
