@@ -1,4 +1,7 @@
-"""What says what may be deleted, and when, is used as it was written, or refused; no change of a row forgets its sum."""
+"""What says what may be deleted, and when, is used as it was written, or refused; no change of a row forgets its sum.
+
+FAULTS 14.
+"""
 
 from __future__ import annotations
 

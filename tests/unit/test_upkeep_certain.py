@@ -1,4 +1,7 @@
-"""A daemon that may have lost the store to another one removes nothing more, at whatever change it comes to know."""
+"""A daemon that may have lost the store to another one removes nothing more, at whatever change it comes to know.
+
+FAULTS 15.
+"""
 
 from __future__ import annotations
 
