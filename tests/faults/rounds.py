@@ -17,10 +17,10 @@ PARTS = {
     "libvirt redirect, daemon, group": 5,
     "libvirt redirect, daemon, recovery": 3,
     "libvirt redirect, QEMU": 4,
-    "bare fleece, daemon": 11,
-    "bare fleece, QEMU": 11,
-    "bare redirect, daemon": 11,
-    "bare redirect, QEMU": 11,
+    "bare fleece, daemon": 10,
+    "bare fleece, QEMU": 10,
+    "bare redirect, daemon": 10,
+    "bare redirect, QEMU": 10,
 }
 """The rounds of each loop in an ordinary run. A guest with an operating system takes four times as long for one."""
 
