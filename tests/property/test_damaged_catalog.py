@@ -149,7 +149,7 @@ async def test_a_flipped_bit_anywhere(scene: Scene) -> None:
 
 
 async def test_a_flipped_bit_in_what_says_what_may_be_deleted(scene: Scene) -> None:
-    """Of locks, expiry, tags, policies, images, the journal: every row is as it was written, or nothing is used. FAULTS 14."""
+    """Locks, expiry, tags, policies, images, the journal: a row is as it was written, or nothing is used. FAULTS 14."""
     rng = seeded()
     with closing(sqlite3.connect(scene.path)) as connection:
         sql = f"SELECT name, pageno FROM dbstat WHERE name IN ({', '.join('?' * len(row_sums.COLUMNS))})"
