@@ -101,6 +101,17 @@ def libnbd(version: Version | None) -> list[Finding]:
     return [_finding(Severity.WARNING, "libnbd", what, f"libnbd {dotted(version)}", remedy)]
 
 
+def libguestfs(*, installed: bool) -> Finding:
+    """Judge whether files in snapshots can be looked at; all else does without."""
+    if installed:
+        return _finding(
+            Severity.OK, "libguestfs", "files in snapshots can be looked at", "its Python binding is there", ""
+        )
+    what = "files in snapshots cannot be looked at: libguestfs' Python binding is missing"
+    remedy = "if that is wanted: apt-get install python3-guestfs"
+    return _finding(Severity.INFO, "libguestfs", what, "guestfs: not found", remedy)
+
+
 def clock(synchronised: bool | None) -> Finding:
     """Judge whether something keeps the clock right; None: the kernel does not say."""
     evidence = {True: "the kernel's clock is synchronised", False: "the kernel's clock is not synchronised"}

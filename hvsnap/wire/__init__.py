@@ -69,8 +69,8 @@ is :class:`Event`. Progress has ``event: progress``, no id, and :class:`Progress
 ``?since=SEQUENCE``) resumes after that event; without it the stream starts with what happens next. A comment line
 (``: keep-alive``) comes at least every 15 seconds. A reader that falls behind loses progress, never events.
 
-What ``look`` answers is such a stream, too: ``event: served``, with :class:`Served` as data, at once and every 15 seconds,
-until the snapshot is not served any more. A client that vanishes lets go of its snapshot.
+What ``look`` answers is such a stream, too: ``event: served``, with :class:`Served` as data, at once and every 15
+seconds, until the snapshot is not served any more. A client that vanishes lets go of its snapshot.
 """
 
 from __future__ import annotations
@@ -93,6 +93,14 @@ from hvsnap.wire.disks import (
     SetBack,
 )
 from hvsnap.wire.drills import Drill, SnapshotDrill, SnapshotDrilled
+from hvsnap.wire.files import (
+    FileList,
+    FilesCopied,
+    FileSkipped,
+    FileSystem,
+    FileSystemList,
+    GuestFile,
+)
 from hvsnap.wire.guests import BitmapHealth, Guest, GuestDisk, GuestList, Protection
 from hvsnap.wire.host import (
     DoctorReport,
@@ -177,11 +185,17 @@ __all__ = [
     "Drill",
     "Error",
     "Event",
+    "FileList",
+    "FileSkipped",
+    "FileSystem",
+    "FileSystemList",
+    "FilesCopied",
     "Finding",
     "Freed",
     "Guest",
     "GuestDisk",
     "GuestDisks",
+    "GuestFile",
     "GuestList",
     "HookCall",
     "HookReport",

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
 MODULES_OF = {
+    "guestfs": "python3-guestfs",
     "nbd": "python3-libnbd",
     "nbdkit": "nbdkit-plugin-python",
     "libvirt": "python3-libvirt",

@@ -100,11 +100,19 @@ def test_a_running_transient_guest_is_warned_of() -> None:
     assert [one.check for one in findings.transient([transient, a_guest(), off])] == ["transient-guest"]
 
 
+def test_files_in_snapshots_are_no_must() -> None:
+    missing = findings_host.libguestfs(installed=False)
+    assert missing.severity is Severity.INFO
+    assert "python3-guestfs" in missing.remedy
+    assert findings_host.libguestfs(installed=True).severity is Severity.OK
+
+
 async def test_the_host_is_really_looked_at(workdir: Path) -> None:
     place = doctor.Place("state-dir", "state directory", str(workdir / "missing"), private=True)
     found = {one.check: one for one in await doctor.host_findings(doctor.Premises([place], ""))}
     assert "qemu-img version" in found["qemu-img"].evidence
     assert "libnbd" in found["libnbd"].evidence
+    assert found["libguestfs"].severity is Severity.OK
     assert found["state-dir"].severity is Severity.ERROR
     assert "No such file" in found["state-dir"].evidence
     assert doctor.report(list(found.values())).worst is Severity.ERROR
