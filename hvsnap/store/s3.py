@@ -330,6 +330,7 @@ class S3Writer:
         self._objects = objects
         self._name = name
         self._size_bytes = 0
+        self._spool = spool
         self._file: IO[bytes] | None = _spooled(spool)
 
     async def write(self, *pieces: bytes | memoryview) -> None:
@@ -339,7 +340,9 @@ class S3Writer:
             await uninterrupted(asyncio.to_thread(file.writelines, pieces), name=f"spool {self._name}")
         except OSError as error:
             await self.abort()
-            raise StoreFailed(f"cannot hold {self._name} on its way: {error.strerror}") from error
+            # Not NoSpace: what a sweep does about a store that is full makes no room here.
+            hint = f"{self._spool} holds what is larger than {SINGLE_BYTES_MAX >> 20} MiB on its way into the bucket"
+            raise StoreFailed(f"cannot hold {self._name} on its way: {error.strerror}", hint=hint) from error
         self._size_bytes += sum(memoryview(piece).nbytes for piece in pieces)
 
     async def commit(self) -> None:

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from obstore.store import MemoryStore
 
 from hvsnap.errors import NoSpace, NotFound, StoreFailed
 from hvsnap.store import files
 from hvsnap.store.direct import BUFFER_BYTES
 from hvsnap.store.objects import RESERVE, LocalObjects
+from hvsnap.store.s3 import Place, S3Objects
 from tests.store_kit import skip_unless_root
 
 
@@ -55,6 +57,20 @@ async def test_a_full_device_leaves_nothing_and_works_again_with_space(small_dev
     await objects.delete("ballast")
     await objects.put("packs/00/x", bytes(600_000))
     assert await objects.get("packs/00/x") == bytes(600_000)
+
+
+async def test_a_device_too_full_for_what_is_on_its_way_into_a_bucket_is_named(small_device: Path) -> None:
+    """FAULTS 10."""
+    objects = S3Objects(Place("bucket", ""), small_device, store=MemoryStore())
+    writer = await objects.writer("manifests/large")
+    with pytest.raises(StoreFailed, match="No space") as caught:
+        for _ in range(8):
+            await writer.write(bytes(4 << 20))
+    assert str(small_device) in caught.value.hint
+    await writer.abort()
+    assert list(small_device.iterdir()) == []
+    with pytest.raises(NotFound):
+        await objects.size("manifests/large")
 
 
 @pytest.mark.parametrize("failing", range(8))
