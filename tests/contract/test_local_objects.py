@@ -64,8 +64,7 @@ async def test_a_device_too_full_for_what_is_on_its_way_into_a_bucket_is_named(s
     objects = S3Objects(Place("bucket", ""), small_device, store=MemoryStore())
     writer = await objects.writer("manifests/large")
     with pytest.raises(StoreFailed, match="No space") as caught:
-        for _ in range(8):
-            await writer.write(bytes(4 << 20))
+        await writer.write(*[bytes(4 << 20)] * 8)
     assert str(small_device) in caught.value.hint
     await writer.abort()
     assert list(small_device.iterdir()) == []
