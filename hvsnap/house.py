@@ -67,7 +67,7 @@ from hvsnap.service.usage import Tariff, UsageReports
 from hvsnap.service.uses import Uses
 from hvsnap.store.blocks import PackedBlocks, open_store
 from hvsnap.store.lease import WriterLease
-from hvsnap.store.opening import open_key, open_objects, writer_id
+from hvsnap.store.opening import open_key, open_objects, writer_id, writer_lease
 from hvsnap.store.reading import STALE, NoLease, ReadOnlyObjects
 from hvsnap.upkeep.bond import Bond
 
@@ -143,7 +143,7 @@ async def _opened(
         await Bond.check_read(catalog, store)
         return store, NoLease()
     holder = await asyncio.to_thread(writer_id, Path(settings.state_dir))
-    lease = WriterLease(objects, holder, settings.host_id)
+    lease = writer_lease(settings.store, objects, holder, settings.host_id)
     await lease.acquire()
     bond = Bond(catalog, lease)
     stack.push_async_callback(bond.release)

@@ -18,7 +18,7 @@ from hvsnap.ports import ObjectStore
 from hvsnap.store.blocks import open_store
 from hvsnap.store.keyring import StoreKey, change_key
 from hvsnap.store.lease import WriterLease
-from hvsnap.store.opening import open_key, open_objects, writer_id
+from hvsnap.store.opening import open_key, open_objects, writer_id, writer_lease
 from hvsnap.store.reading import ReadOnlyObjects
 from hvsnap.upkeep.bond import Bond
 from hvsnap.upkeep.rebuild import Rebuild, Rebuilt
@@ -79,7 +79,8 @@ async def _filled(
 
 async def _held(stack: contextlib.AsyncExitStack, settings: Settings, objects: ObjectStore) -> WriterLease:
     """Return the store's lease, kept until the stack is left."""
-    lease = WriterLease(objects, await asyncio.to_thread(writer_id, Path(settings.state_dir)), settings.host_id)
+    holder = await asyncio.to_thread(writer_id, Path(settings.state_dir))
+    lease = writer_lease(settings.store, objects, holder, settings.host_id)
     await lease.acquire()
     stack.push_async_callback(lease.release)
     keeping = asyncio.create_task(lease.keep(), name="lease")
@@ -110,7 +111,8 @@ async def _rekey(settings: Settings, new_key_file: str) -> None:
         objects = await asyncio.to_thread(open_objects, settings.store, state_dir)
         stack.callback(objects.close)
         old = await open_key(settings.store, objects)
-        lease = WriterLease(objects, await asyncio.to_thread(writer_id, state_dir), settings.host_id)
+        holder = await asyncio.to_thread(writer_id, state_dir)
+        lease = writer_lease(settings.store, objects, holder, settings.host_id)
         await lease.acquire()
         stack.push_async_callback(lease.release)
         if old is not None:

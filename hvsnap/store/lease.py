@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import secrets
 import time
 from dataclasses import asdict, dataclass
@@ -18,6 +19,9 @@ from blake3 import blake3
 
 from hvsnap.errors import NotFound, ObjectExists, StoreBusy, StoreFailed
 from hvsnap.ports import ObjectStore
+from hvsnap.store.sole import SoleOwner
+
+log = logging.getLogger(__name__)
 
 LEASE = "lease"
 TTL_S = 60.0
@@ -37,13 +41,17 @@ DIGITS = 12
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """What one object of the lease says. ``nonce`` makes every term another one, so that none is taken for another."""
+    """What one object of the lease says. ``nonce`` makes every term another one, so that none is taken for another.
+
+    ``boot``: the holder has the store's directory locked, in this boot of its host; "" if it has not.
+    """
 
     holder: str
     host: str
     ttl_s: float
     released: bool
     nonce: str
+    boot: str = ""
 
     def encode(self) -> bytes:
         """Return the object's bytes."""
@@ -58,7 +66,8 @@ class Term:
             check = raw.pop("check", None)  # earlier releases wrote none
             ttl_s = float(raw["ttl_s"])
             if (check is None or check == _check(raw)) and 0 < ttl_s <= TTL_S_MAX:
-                return cls(str(raw["holder"]), str(raw["host"]), ttl_s, raw["released"] is True, "")
+                boot = str(raw.get("boot", ""))
+                return cls(str(raw["holder"]), str(raw["host"]), ttl_s, raw["released"] is True, "", boot)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             pass
         return cls("?", "an unknown host", TTL_S, False, "")
@@ -67,7 +76,12 @@ class Term:
 class WriterLease:
     """The lease of one repository for ``holder``, who is unique and stays the same over restarts."""
 
-    def __init__(self, objects: ObjectStore, holder: str, host: str, *, ttl_s: float = TTL_S) -> None:
+    def __init__(
+        self, objects: ObjectStore, holder: str, host: str, *, ttl_s: float = TTL_S, sole: SoleOwner | None = None
+    ) -> None:
+        """``sole`` is the lock of a store that is a directory of this host."""
+        self._sole = sole
+        self._boot = ""
         self._objects = objects
         self._holder = holder
         self._host = host
@@ -88,13 +102,21 @@ class WriterLease:
         return self._number > 0 and _now() - self._renewed_at < self._ttl_s * CERTAIN_SHARE
 
     async def acquire(self) -> None:
-        """Take the lease: at once where it is free or was our own, else when its holder has let it expire.
+        """Take the lease: at once where it is free, our own, or its holder is seen to be dead; else when it expires.
 
         Raises :class:`StoreBusy` when the holder is alive, :class:`StoreFailed` when the store does not answer.
         """
+        if self._sole is not None:
+            self._boot = await asyncio.to_thread(self._sole.take)
         number, term = await self._latest()
-        if term is not None and not term.released and term.holder != self._holder:
-            await self._await_expiry(number, term)
+        while term is not None and not term.released and term.holder != self._holder:
+            if self._boot and term.boot == self._boot:
+                # Its lock was on the directory that is locked by us now, under this very kernel.
+                log.warning("the store's last writer, on %s, has died: its lease is taken over", term.host)
+                break
+            if await self._await_expiry(number, term):
+                break
+            number, term = await self._latest()  # given back meanwhile
         try:
             await self._create(number + 1)
         except ObjectExists as error:
@@ -129,6 +151,8 @@ class WriterLease:
             return 0
         finally:
             self._number = 0
+            if self._sole is not None:
+                self._sole.let_go()
         return number
 
     # -- inside -----------------------------------------------------------------------------------
@@ -139,7 +163,7 @@ class WriterLease:
         Raises :class:`ObjectExists` if somebody else has: another one with our own name included (a copy of this host).
         """
         asked_at = _now()
-        data = Term(self._holder, self._host, self._ttl_s, released, secrets.token_hex(16)).encode()
+        data = Term(self._holder, self._host, self._ttl_s, released, secrets.token_hex(16), self._boot).encode()
         try:
             await self._objects.put(_name(number), data)
         except ObjectExists:
@@ -179,16 +203,22 @@ class WriterLease:
         except NotFound:  # renewed, and tidied up, since it was listed
             return await self._latest()
 
-    async def _await_expiry(self, number: int, term: Term) -> None:
-        """Return when a foreign lease has not been renewed for its whole time, by our own clock."""
+    async def _await_expiry(self, number: int, term: Term) -> bool:
+        """Return True when a foreign lease was not renewed for its whole time, by our own clock; False: look again."""
+        log.warning(
+            "the store was not given back by its last writer, a daemon on %s; if that is dead, its lease expires"
+            " within %.0f s, which is waited for",
+            term.host, term.ttl_s,
+        )  # fmt: skip
         deadline = time.monotonic() + term.ttl_s
         while time.monotonic() < deadline:
             await asyncio.sleep(min(POLL_S_MAX, term.ttl_s / 10))
             latest, now = await self._latest()
             if latest != number:
-                if now is not None and now.released:
-                    raise StoreBusy("the store is changing hands", hint="try again")
-                raise _busy(now)
+                if now is None or not now.released:
+                    raise _busy(now)
+                return False
+        return True
 
     async def _forget_before(self, number: int) -> None:
         """Remove older terms, but for the last one: somebody may be reading that."""

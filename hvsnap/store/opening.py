@@ -13,8 +13,10 @@ from hvsnap.errors import NotFound
 from hvsnap.ports import ObjectStore
 from hvsnap.secret import read_secret
 from hvsnap.store.keyring import StoreKey, read_repository
+from hvsnap.store.lease import WriterLease
 from hvsnap.store.objects import LocalObjects
 from hvsnap.store.s3 import Place, S3Objects
+from hvsnap.store.sole import SoleOwner
 
 
 def open_objects(settings: Store, state_dir: Path) -> LocalObjects | S3Objects:
@@ -44,6 +46,11 @@ async def open_key(settings: Store, objects: ObjectStore) -> StoreKey | None:
     with contextlib.suppress(NotFound):
         await read_repository(objects, key)
     return key
+
+
+def writer_lease(settings: Store, objects: ObjectStore, holder: str, host: str) -> WriterLease:
+    """Return the lease of the configured store, not taken yet."""
+    return WriterLease(objects, holder, host, sole=None if settings.path is None else SoleOwner(settings.path))
 
 
 def writer_id(state_dir: Path) -> str:

@@ -6,6 +6,8 @@ FAULTS 15.
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -15,9 +17,11 @@ import pytest
 
 from hvsnap.errors import StoreBusy, StoreFailed
 from hvsnap.ports import ObjectStore
+from hvsnap.store import sole
 from hvsnap.store.lease import LEASE, WriterLease
 from hvsnap.store.objects import LocalObjects
 from hvsnap.store.s3 import S3Objects
+from hvsnap.store.sole import SoleOwner
 from tests.ceph import Ceph
 from tests.contract.conftest import BUCKET
 from tests.store_kit import MemoryObjects
@@ -41,6 +45,12 @@ def lease(objects: ObjectStore, holder: str, ttl_s: float = TTL_S) -> WriterLeas
     return WriterLease(objects, holder, f"host-{holder}", ttl_s=ttl_s)
 
 
+def sole_lease(directory: Path, holder: str, ttl_s: float = 3600) -> WriterLease:
+    """Return the lease of a store that is a directory of this host."""
+    place = directory / "store"
+    return WriterLease(LocalObjects(place), holder, f"host-{holder}", ttl_s=ttl_s, sole=SoleOwner(place))
+
+
 async def test_a_second_writer_is_refused_while_the_first_lives(objects: ObjectStore) -> None:
     first = lease(objects, "a")
     await first.acquire()
@@ -60,6 +70,64 @@ async def test_a_dead_writers_lease_expires(objects: ObjectStore) -> None:
     await heir.acquire()
     assert heir.certain
     assert not dead.certain
+
+
+async def test_who_waits_for_a_lease_to_expire_says_so_and_goes_on_when_it_is_given_back(
+    objects: ObjectStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, heir = lease(objects, "a", ttl_s=30), lease(objects, "b")
+    await first.acquire()
+    waiting = asyncio.create_task(heir.acquire())
+    async with asyncio.timeout(20):
+        while "a daemon on host-a; if that is dead, its lease expires within 30 s" not in caplog.text:
+            assert not waiting.done()
+            await asyncio.sleep(0.01)
+        await first.release()
+        await waiting
+    assert heir.certain
+
+
+async def test_under_one_kernel_a_dead_writer_is_not_waited_for_and_a_living_one_refuses_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The writer of a directory is another process, and is killed."""
+    script = (
+        "import asyncio, pathlib, sys\n"
+        "from tests.contract.test_lease import sole_lease\n"
+        "asyncio.run(sole_lease(pathlib.Path(sys.argv[1]), 'a').acquire())\n"
+        "print('mine', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    argv = [sys.executable, "-c", script, str(tmp_path)]
+    writer = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "mine\n"
+        async with asyncio.timeout(20):
+            with pytest.raises(StoreBusy, match="another process of this host"):
+                await sole_lease(tmp_path, "b").acquire()
+            writer.kill()
+            writer.wait()
+            heir = sole_lease(tmp_path, "b")
+            await heir.acquire()
+        assert heir.certain
+        assert "has died: its lease is taken over" in caplog.text
+        await heir.release()
+    finally:
+        writer.kill()
+        writer.communicate()
+
+
+async def test_a_lock_of_another_boot_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directory may be a network's, or a copy of another host's."""
+    first = sole_lease(tmp_path, "a", ttl_s=0.5)
+    await first.acquire()
+    first._sole.let_go()  # type: ignore[union-attr]
+    (tmp_path / "boot").write_text("another\n")
+    monkeypatch.setattr(sole, "BOOT_ID", tmp_path / "boot")
+    began = time.monotonic()
+    await sole_lease(tmp_path, "b").acquire()
+    assert time.monotonic() - began >= 0.5
 
 
 async def test_one_who_was_thought_dead_learns_that_it_lost_the_lease(objects: ObjectStore) -> None:
