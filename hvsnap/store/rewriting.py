@@ -7,7 +7,7 @@ stored, and verified on the way: damage is never carried into a new pack.
 from __future__ import annotations
 
 import asyncio
-import itertools
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 from hvsnap.errors import Damaged, FormatUnknown, NotFound, StoreFailed
@@ -59,16 +59,24 @@ class Rewriting:
     ) -> dict[int, str]:
         """Read blocks of one pack, and return those that are damaged, with the reason, by their ids.
 
-        Several parts are read at once; ``read`` is told their bytes before, and may take its time (a rate limit).
+        Several parts are read at once; ``read`` is told the bytes of each before, and may take its time (a rate limit).
         Raises :class:`StoreFailed` when the store cannot be read: that says nothing about the blocks.
         """
         damaged: dict[int, str] = {}
-        parts = plan_reads(enumerate(places), self._repository.block_size)
-        while some := list(itertools.islice(parts, self._objects.reads_at_once)):
-            if read is not None:
-                await read(sum(part.end - part.start for part in some))
-            for found in await asyncio.gather(*(self._check(pack, part) for part in some)):
-                damaged |= found
+        running: deque[asyncio.Task[dict[int, str]]] = deque()
+        try:
+            for part in plan_reads(enumerate(places), self._repository.block_size):
+                if len(running) >= self._objects.reads_at_once:
+                    damaged |= await running.popleft()
+                if read is not None:
+                    await read(part.end - part.start)
+                running.append(asyncio.create_task(self._check(pack, part), name=f"check {pack}"))
+            while running:
+                damaged |= await running.popleft()
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
         return damaged
 
     async def _check(self, pack: str, part: Read) -> dict[int, str]:

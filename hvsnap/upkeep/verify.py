@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,17 +55,24 @@ class Verified:
 class Pace:
     """Lets bytes pass at a rate, a second's worth at once at most; 0 bytes per second is as fast as it goes."""
 
-    def __init__(self, bytes_per_s: int) -> None:
+    def __init__(
+        self,
+        bytes_per_s: int,
+        now: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
         self._bytes_per_s = bytes_per_s
-        self._free_at = time.monotonic()
+        self._now = now
+        self._sleep = sleep
+        self._free_at = now()
 
     async def __call__(self, size_bytes: int) -> None:
         """Return when so many bytes may be read."""
         if self._bytes_per_s:
-            now = time.monotonic()
+            now = self._now()
             self._free_at = max(self._free_at, now - 1.0) + size_bytes / self._bytes_per_s
             if self._free_at > now:
-                await asyncio.sleep(self._free_at - now)
+                await self._sleep(self._free_at - now)
 
 
 class Verifier:

@@ -9,8 +9,9 @@ import pytest
 
 from hvsnap.errors import Damaged
 from hvsnap.model import PAGE_BLOCKS, SnapshotId, State
+from hvsnap.upkeep import verify as upkeep_verify
 from hvsnap.upkeep.check import Checker, Kind
-from hvsnap.upkeep.verify import Verified, Verifier, damaged_snapshots
+from hvsnap.upkeep.verify import Pace, Verified, Verifier, damaged_snapshots
 from tests.store_kit import a_block, seeded
 from tests.upkeep_kit import Disks, House, PunchedObjects, a_house, restored
 
@@ -267,6 +268,41 @@ async def test_an_older_copy_of_the_store_is_noticed(house: House, disks: Disks,
     missing = await Checker(house.catalog, house.store, house.clock).newest_missing()
     assert len(missing) == 2
     assert f"the manifest of {newest}" in missing
+
+
+class Clock:
+    """Goes on only while somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.at = 50.0
+
+    def now(self) -> float:
+        return self.at
+
+    async def sleep(self, seconds: float) -> None:
+        assert seconds > 0
+        self.at += seconds
+
+
+async def test_a_scrub_reads_at_its_rate(house: House, disks: Disks, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, rate, read_bytes = Clock(), 50_000, 0
+
+    class Counted(Pace):
+        async def __call__(self, size_bytes: int) -> None:
+            nonlocal read_bytes
+            await super().__call__(size_bytes)
+            read_bytes += size_bytes
+            assert read_bytes <= (clock.at - 50.0) * rate + rate + 2 * size_bytes
+
+    monkeypatch.setattr(upkeep_verify, "Pace", lambda bytes_per_s: Counted(bytes_per_s, clock.now, clock.sleep))
+    found = await verifier(house).due(house.clock.now() + 1, rate)
+    assert (found.damaged, found.packs) == ({}, len(await house.catalog.upkeep.packs()))
+    assert read_bytes >= found.read_bytes > 2 * rate
+    assert clock.at - 50.0 >= read_bytes / rate - 1
+    before = clock.at
+    pace = Counted(0, clock.now, clock.sleep)
+    await Pace.__call__(pace, 1 << 40)
+    assert clock.at == before, "without a rate nobody waits"
 
 
 async def test_an_interrupted_run_goes_on_with_what_was_not_read(
