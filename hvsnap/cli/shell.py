@@ -32,7 +32,8 @@ def without_command(given: grammar.NoCommand, run: Run) -> int:
         return converse(given.session, run)
     if given.session.json:
         return complain(BadRequest("no command was given", hint="`hvsnap --help` lists them"), "usage", as_json=True)
-    print(given.help, file=sys.stderr)
+    with contextlib.redirect_stdout(sys.stderr):
+        print(given.help(), end="")
     return WRONG_USAGE
 
 

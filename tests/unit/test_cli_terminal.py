@@ -212,6 +212,22 @@ async def answer(terminal: pexpect.spawn[str], line: str) -> str:
     return plain(terminal.before).partition("\n")[2]
 
 
+async def test_the_shell_begins_with_its_welcome_and_nothing_else(desk: Desk) -> None:
+    terminal = await shell(desk)
+    welcome = "Welcome to hvsnap. `help` lists the commands, `help COMMAND` explains one, `quit` ends."
+    assert plain(terminal.before).strip() == welcome
+    terminal.sendline("quit")
+    assert (await away(ended, terminal))[0] == 0
+
+
+async def test_without_a_terminal_there_is_help_and_with_json_an_object_alone(desk: Desk) -> None:
+    ran = await desk.process()
+    assert (ran.status, ran.out) == (2, "")
+    assert "Usage: hvsnap" in ran.err
+    ran = await desk.process("--json")
+    assert (ran.status, ran.object["code"], ran.err) == (2, "bad-request", "")
+
+
 async def test_the_shell_runs_commands_until_quit(desk: Desk) -> None:
     one, two = await two_snapshots(desk.house)
     terminal = await shell(desk)

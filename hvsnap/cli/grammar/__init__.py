@@ -7,7 +7,7 @@ are quick without.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, cast
 
@@ -26,10 +26,13 @@ from hvsnap.cli.grammar import guests, snapshots, disks, policies, images, servi
 
 @dataclass(frozen=True, slots=True)
 class NoCommand:
-    """What a command line comes to that names no command: what it said besides, and the help."""
+    """What a command line comes to that names no command: what it said besides, and what prints the help to stdout.
+
+    Which returns nothing or the help, by the libraries that are there: it is made only where somebody is to see it.
+    """
 
     session: Session
-    help: str
+    help: Callable[[], str]
 
 
 @functools.cache
@@ -63,5 +66,5 @@ def _root(
 ) -> NoCommand | None:
     ctx.obj = (ctx.obj or Session()).overlaid(connect=connect, config=config, as_json=as_json, quiet=quiet)
     if ctx.invoked_subcommand is None and not ctx.resilient_parsing:
-        return NoCommand(ctx.obj, ctx.get_help())
+        return NoCommand(ctx.obj, ctx.get_help)
     return None
