@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -14,6 +14,7 @@ import pytest
 from hvsnap import wire
 from tests.cli_kit import HVSNAP
 from tests.e2e.test_policies import TurnedDaemon
+from tests.guest import appliance
 from tests.guest.domain import DiskSpec, Guest, make_image
 from tests.guest.image import GuestImage
 from tests.guest.libvirtd import Libvirtd, wait_for
@@ -43,9 +44,10 @@ class Walk:
         done = subprocess.run(
             ["bash", "-c", self.script + "\n".join(commands)],
             cwd=self.directory, capture_output=True, text=True, timeout=170,
+            env={**os.environ, **appliance.environment()},
         )  # fmt: skip
         assert done.returncode == 0, (title, done.stdout, done.stderr)
-        self.script += "\n".join(one for one in commands if re.match(r"[a-z]+=", one) and "serve" not in one) + "\n"
+        self.script += "\n".join(one for one in commands if re.match(r"[a-z]+=", one)) + "\n"
         return done.stdout
 
 
@@ -79,7 +81,6 @@ def daemon(libvirtd: Libvirtd, workdir: Path) -> Iterator[TurnedDaemon]:
     one.stop()
 
 
-@pytest.mark.skipif(shutil.which("nbdcopy") is None, reason="nbdcopy is not installed")
 def test_the_walk_of_the_tour(daemon: TurnedDaemon, guest: Guest, data: Path, workdir: Path) -> None:
     walk = Walk(workdir, daemon)
     told = walk.go("Snapshots by themselves")
