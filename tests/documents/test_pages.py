@@ -28,6 +28,7 @@ def host(libvirtd: Libvirtd, guest_image: GuestImage) -> Iterator[Host]:
     shutil.rmtree(directory, ignore_errors=True)
 
 
+@pytest.mark.timeout(900)  # some eighty commands of the longest page, each a process of its own
 @pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_shows_is_what_comes(page: str, host: Host) -> None:
     told = [block for block in blocks(PAGES[page]) if block.runs]
