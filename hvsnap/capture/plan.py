@@ -46,7 +46,9 @@ def decide(disk: Disk, bitmaps: Mapping[str, Bitmap], *, size_bytes: int, head_s
     if size_bytes != head_size_bytes:
         return rescan(f"the disk was resized from {head_size_bytes} to {size_bytes} bytes")
     if disk.bitmap is None:
-        return rescan("no dirty bitmap is known: the disk's format stores none, or the catalog was rebuilt")
+        return rescan(
+            "no dirty bitmap is known: the format stores none, the image is another, or the catalog was rebuilt"
+        )
     bitmap = bitmaps.get(disk.bitmap)
     if bitmap is None:
         return rescan(f"the dirty bitmap {disk.bitmap} is missing")

@@ -1,8 +1,9 @@
 """Which guest, which disk: finding things by the words that people use, and knowing a disk again.
 
 A disk is known again by its guest, its serial (its target, if it has none) and its image; a disk whose image was
-replaced is another one, with a chain of its own (SERVICE 6.7). While a capture is open, the hypervisor shows its
-overlay as the disk's image; the journal says what lies underneath, and :func:`resolve` looks through.
+replaced is another one, with a chain of its own (SERVICE 6.7), unless one image builds on the other
+(:mod:`hvsnap.service.followed`). While a capture is open, the hypervisor shows its overlay as the disk's image; the
+journal says what lies underneath, and :func:`resolve` looks through.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from hvsnap.happenings import EventType, disk_payload
 from hvsnap.hypervisor import images
 from hvsnap.model import Disk, DiskId, DiskView, GuestView, Layer, Operation, new_id
 from hvsnap.ports import Census, Clock, Hypervisor
+from hvsnap.service.followed import Followed
 
 Overlays = Mapping[str, Layer]
 """Path of an open capture's overlay → the image underneath."""
@@ -137,6 +139,7 @@ class Inventory:
         self._hypervisor = hypervisor
         self._catalog = catalog
         self._clock = clock
+        self._followed = Followed(catalog)
 
     async def overlays(self) -> dict[str, Layer]:
         """Return the overlays of all open captures."""
@@ -176,10 +179,11 @@ class Inventory:
             raise why or GuestUnknown(f"there is no guest {name[:64]}") from None
 
     async def known(self, guest: GuestView, disk: DiskView) -> Disk | None:
-        """Return the catalog's row of a (resolved) disk, if it has one."""
+        """Return the catalog's row of a (resolved) disk, if it has one; it follows the disk to another image."""
         if not disk.layers:
             return None
-        return await self._catalog.find_disk(guest.uuid, disk.serial, disk.target, disk.top.path)
+        row = await self._catalog.find_disk(guest.uuid, disk.serial, disk.target, disk.top.path)
+        return row if row is not None or is_overlay(disk) else await self._followed.find(guest, disk)
 
     async def to_capture(self, guest_name: str, names: Sequence[str]) -> list[Found]:
         """Return the disks that a request names, each once, in the order of their targets in the guest.

@@ -185,6 +185,9 @@ class KnownDisks:
         """Look which known disks are gone from their guests, and which are back; tell both."""
         census = await self._inventory.census()
         guests = {guest.uuid: guest for guest in census.guests}
+        for shown in census.guests:
+            for view in shown.disks:
+                await self._inventory.known(shown, view)  # a disk's row follows it to another image
         changed: list[tuple[Disk, bool]] = []
         for disk in await self._catalog.disks():
             guest = guests.get(disk.guest_uuid)
