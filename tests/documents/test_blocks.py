@@ -61,6 +61,14 @@ def test_scripts_are_well_formed(block: Block) -> None:
         assert (ROOT / named).exists(), named
 
 
+def test_installations_ask_for_what_a_host_needs() -> None:
+    (needed,) = re.findall(r"^HOST=\((.*?)\)$", (ROOT / "scripts" / "setup.sh").read_text(), re.DOTALL | re.MULTILINE)
+    told = [found for block in of("sh") for found in re.findall(r"apt-get install (qemu(?:.|\\\n)*)", block.text)]
+    assert len(told) == 2
+    for packages in told:
+        assert set(packages.replace("\\\n", " ").split()) == set(needed.split())
+
+
 @pytest.mark.parametrize("block", of("console"), ids=str)
 def test_transcripts_have_commands(block: Block) -> None:
     assert all(exchange.command for exchange in exchanges(block.text))
