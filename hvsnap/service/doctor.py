@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import importlib.util
 import os
+import shutil
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -106,6 +107,7 @@ async def host_findings(premises: Premises) -> list[Finding]:
     answers = [(name, package, await doctor_looks.answer(name, "--version")) for name, package in _TOOLS]
     found = [findings.tool(name, name, answer, package) for name, package, answer in answers]
     found += await asyncio.to_thread(_libnbd)
+    found.append(findings_host.nbdkit(installed=shutil.which("nbdkit") is not None))
     found.append(findings_host.libguestfs(installed=importlib.util.find_spec("guestfs") is not None))
     found.append(await asyncio.to_thread(_kvm))
     found.append(findings_host.clock(await asyncio.to_thread(doctor_looks.clock_is_synchronised)))

@@ -112,6 +112,15 @@ def libguestfs(*, installed: bool) -> Finding:
     return _finding(Severity.INFO, "libguestfs", what, "guestfs: not found", remedy)
 
 
+def nbdkit(*, installed: bool) -> Finding:
+    """Judge whether snapshots can be served, which instant disks and looking at files build on."""
+    if installed:
+        return _finding(Severity.OK, "nbdkit", "snapshots can be served as disks", "nbdkit is there", "")
+    what = "snapshots cannot be served, nor instant disks be made: nbdkit is missing"
+    remedy = "apt-get install nbdkit nbdkit-plugin-python"
+    return _finding(Severity.WARNING, "nbdkit", what, "nbdkit: not found", remedy)
+
+
 def clock(synchronised: bool | None) -> Finding:
     """Judge whether something keeps the clock right; None: the kernel does not say."""
     evidence = {True: "the kernel's clock is synchronised", False: "the kernel's clock is not synchronised"}

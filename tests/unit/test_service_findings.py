@@ -100,7 +100,11 @@ def test_a_running_transient_guest_is_warned_of() -> None:
     assert [one.check for one in findings.transient([transient, a_guest(), off])] == ["transient-guest"]
 
 
-def test_files_in_snapshots_are_no_must() -> None:
+def test_serving_should_be_possible_and_files_in_snapshots_are_no_must() -> None:
+    assert findings_host.nbdkit(installed=True).severity is Severity.OK
+    unserved = findings_host.nbdkit(installed=False)
+    assert unserved.severity is Severity.WARNING
+    assert "nbdkit-plugin-python" in unserved.remedy
     missing = findings_host.libguestfs(installed=False)
     assert missing.severity is Severity.INFO
     assert "python3-guestfs" in missing.remedy
