@@ -264,6 +264,32 @@ async def test_s3_2_a_chain_full_of_manual_ones_fails_with_an_event(office: Offi
     assert len(await office.names(disk)) == LIMIT
 
 
+async def test_s3_2_a_chain_full_of_manual_and_held_ones_fails_with_an_event_until_the_hold_has_ended(
+    office: Office,
+) -> None:
+    (disk,) = await office.add(a_policy(), a_disk())
+    until = office.clock.now() + 3 * DAY_S
+    async with office.catalog.write() as tx:
+        for number in range(LIMIT):
+            held = {"automatic": True, "held_until": until} if number < 2 else {}
+            await tx.add_snapshot(a_snapshot(disk.id, await tx.next_sequence(disk.id), **held))
+    real = office.captures.create
+
+    async def limited(request: SnapshotRequest) -> list[Snapshot]:
+        if len(await office.catalog.snapshots(disk.id)) >= LIMIT:
+            raise Refused("the chain holds 64 snapshots already", hint="delete one")
+        return await real(request)
+
+    office.captures.create = limited  # type: ignore[method-assign]
+    await office.hours(48)
+    events = await office.events()
+    assert (events["policy.failed"], events["snapshot.evicted"], events["policy.run"]) == (2, 0, 0)
+    await office.hours(48)
+    events = await office.events()
+    assert (events["policy.failed"], events["snapshot.evicted"], events["policy.run"]) == (3, 1, 1)
+    assert len(await office.names(disk)) == LIMIT
+
+
 async def test_a_locked_snapshot_outlives_its_policy_and_nobody_deletes_it(office: Office) -> None:
     (disk,) = await office.add(a_policy(retain_days=1), a_disk())
     await office.hours(24)
