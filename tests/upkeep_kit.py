@@ -217,9 +217,8 @@ class Taking:
         head = (await house.catalog.disk(taking.disk.id)).head
         async with house.catalog.write() as tx:
             sequence = await tx.next_sequence(taking.disk.id)
-            taking.snapshot = a_snapshot(
-                taking.disk.id, sequence, head, state=State.PROGRESSING, size_bytes=taking.disk.size_bytes, **fields
-            )
+            told = {"size_bytes": taking.disk.size_bytes, "skew_ms": sequence / 8}
+            taking.snapshot = a_snapshot(taking.disk.id, sequence, head, state=State.PROGRESSING, **told, **fields)
             await tx.add_snapshot(taking.snapshot)
         return taking
 

@@ -63,6 +63,7 @@ def rows(snapshots: list[Snapshot]) -> dict[SnapshotId, tuple[object, ...]]:
             one.automatic,
             one.expires_at,
             one.retention,
+            one.skew_ms,
         )
         for one in snapshots
     }
