@@ -159,7 +159,9 @@ class Host:
         self.guests[guest].qemu_io(ord(target[-1]) - ord("a"), command)
 
     def off(self, guest: str) -> None:
-        """Power a guest off."""
+        """Power a guest off, once what was captured of it is merged."""
+        if self.daemon.alive():
+            self.daemon.settled()
         self.guests[guest].destroy()
 
     def on(self, guest: str) -> None:
