@@ -303,12 +303,12 @@ async def _connect(path: Path, *, read_only: bool = False) -> aiosqlite.Connecti
 
 async def _begin_session(connection: aiosqlite.Connection, path: Path) -> None:
     """Prove that the file can be written, and check it unless its last user closed it."""
+    await _check_small_tables(connection, path)
     fresh = not list(await connection.execute_fetchall("SELECT 1 FROM meta LIMIT 1"))
     closed = (await connection.execute("DELETE FROM meta WHERE key = 'closed'")).rowcount
     if fresh:
         await connection.execute("INSERT INTO meta VALUES ('opened', '1')")
         return
-    await _check_small_tables(connection, path)
     if not closed:
         found = [str(row[0]) for row in await connection.execute_fetchall("PRAGMA quick_check(1)")]
         if found != ["ok"]:
@@ -316,13 +316,17 @@ async def _begin_session(connection: aiosqlite.Connection, path: Path) -> None:
 
 
 async def _check_small_tables(connection: aiosqlite.Connection, path: Path) -> None:
-    """Check what has few rows, and says what may be deleted: at every start, each row, and that none is lost."""
-    for table in ("disks", "snapshots", "images", "carry"):
+    """Check what has few rows, and says what may be deleted: at every start, each row, and that none is lost.
+
+    A table of which rows are lost, or all, has more of them in its indexes.
+    """
+    for table in ("disks", "snapshots", "images", "carry", "pack_ranges"):
         if list(await connection.execute_fetchall(f"PRAGMA foreign_key_check({table})")):
             raise CatalogFailed(f"the catalog {path} is damaged: {table} refer to what is not there", hint=REBUILD)
-    for table, sql in row_sums.damaged_rows():
+    for table in (*row_sums.COLUMNS, "packs", "meta"):
         found = [str(row[0]) for row in await connection.execute_fetchall(f"PRAGMA integrity_check({table})")]
         if found != ["ok"]:
             raise CatalogFailed(f"the catalog {path} is damaged: {found[0]}", hint=REBUILD)
+    for table, sql in row_sums.damaged_rows():
         if list(await connection.execute_fetchall(sql)) != [(0,)]:
             raise CatalogFailed(f"the catalog {path} is damaged: {table} are not what was written", hint=REBUILD)

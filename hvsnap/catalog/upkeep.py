@@ -13,9 +13,10 @@ import numpy as np
 from hvsnap.catalog import ranges, rows, sums
 from hvsnap.catalog.block_rows import blobs_of, entries_of, forget_damage, insert_pack, put_range, release, write
 from hvsnap.catalog.blocks import MERGE_BLOCKS, Blocks
-from hvsnap.catalog.db import Cursor, Database
+from hvsnap.catalog.db import REBUILD, Cursor, Database
 from hvsnap.catalog.ranges import ENTRY, EntryArray
 from hvsnap.catalog.recent import prefixes_of
+from hvsnap.errors import CatalogFailed
 from hvsnap.model import BlockPlace, DamagedBlock, ManifestState, Pack, SnapshotId
 from hvsnap.ports import UInt64Array
 
@@ -40,6 +41,17 @@ class Upkeep:
         """Return all packs, oldest first."""
         sql = f"SELECT {rows.PACK_COLUMNS} FROM packs ORDER BY number"
         return [rows.pack(row) for row in await self._db.read(sql)]
+
+    async def check_packs(self) -> None:
+        """Return once it is certain that every block's pack is known; asked before unknown ones are removed.
+
+        Raises :class:`~hvsnap.errors.CatalogFailed`.
+        """
+        sql = "SELECT pack FROM pack_ranges WHERE pack NOT IN (SELECT number FROM packs) LIMIT 1"
+        if lost := await self._db.read(sql):
+            raise CatalogFailed(
+                f"the catalog is damaged: it has lost pack {lost[0][0]}, with blocks in it", hint=REBUILD
+            )
 
     async def swept(self, pack: Pack) -> None:
         """Write down that a sweep has looked at a pack as it was in this row; later changes stay to be looked at."""

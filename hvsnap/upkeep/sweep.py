@@ -255,6 +255,8 @@ class Sweeper:
         under_way = self._store.intake.under_way
         known = {pack.name for pack in await self._catalog.upkeep.packs()}
         orphans = [name for name in listed if name not in under_way and name not in known]
+        if orphans:
+            await self._catalog.upkeep.check_packs()
         lost = known - set(listed)
         if orphans and lost:
             # Perhaps it is that one, and the catalog has its name wrong: SQLite has no checksums.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from hvsnap.errors import Damaged
+from hvsnap.errors import CatalogFailed, Damaged
 from hvsnap.model import PAGE_BLOCKS, SnapshotId, State
 from hvsnap.upkeep import verify as upkeep_verify
 from hvsnap.upkeep.check import Checker, Kind
@@ -255,6 +257,18 @@ async def test_what_is_none_of_ours_is_told_and_left_alone(house: House, disks: 
     await house.sweeper.sweep()
     assert foreign <= objects.objects.keys()
     await disks.check_by_catalog(house)
+
+
+async def test_packs_that_the_catalog_has_lost_are_not_removed(
+    house: House, disks: Disks, objects: PunchedObjects
+) -> None:
+    stored = dict(objects.objects)
+    with closing(sqlite3.connect(house.catalog._db.path)) as connection, connection:
+        connection.execute("DELETE FROM packs")
+    with pytest.raises(CatalogFailed, match="lost pack") as refused:
+        await house.sweeper.sweep()
+    assert "store-rebuild" in refused.value.hint
+    assert objects.objects == stored
 
 
 async def test_an_older_copy_of_the_store_is_noticed(house: House, disks: Disks, objects: PunchedObjects) -> None:
