@@ -22,7 +22,6 @@ WAYS = {
     "bare offline": Way(Mode.OFFLINE, bare=True),
 }
 TRAITS = dict.fromkeys(COLUMNS, ImageTraits()) | {
-    "qcow2 with a data file": ImageTraits(data_file=True),
     "LUKS": ImageTraits(encrypted=True, secret=True),
 }
 """What the rules see of each column's images; libvirt names the secret of one."""

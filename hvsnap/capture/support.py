@@ -17,13 +17,12 @@ class ImageTraits:
     """What of an image decides whether it can be captured.
 
     ``encrypted``: qcow2 with LUKS inside; ``encrypted_below``: an image of its backing chain is. ``secret``: the
-    hypervisor names what opens it. ``data_file``: qcow2 with the guest's data in another file.
+    hypervisor names what opens it.
     """
 
     encrypted: bool = False
     encrypted_below: bool = False
     secret: bool = False
-    data_file: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +38,6 @@ def refusal(where: str, way: Way, image: ImageTraits, *, sealed: bool) -> Refuse
     if image.encrypted_below:
         hint = "copy the disk into an image of its own: `qemu-img convert`"
         return Refused(f"{where} is on an encrypted backing file, whose key is not asked for", hint=hint)
-    if image.data_file and way.bare and way.mode is Mode.REDIRECT:
-        # Seen with QEMU 7.2, not understood to its end: it asserts that it may write to the data file, and may not.
-        hint = 'capture the guest by fleece (`capture = "fleece"`), or while it is shut off'
-        return Refused(f"{where} has a data file, and merging into it would abort a bare guest's QEMU", hint=hint)
     if not image.encrypted:
         return None
     if not sealed:

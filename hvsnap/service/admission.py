@@ -61,9 +61,7 @@ class Admission:
     async def _check_support(self, found: Found, info: ImageInfo, where: str) -> None:
         """Refuse an image that cannot be captured as its guest is now; its key must be there."""
         guest, secret = found.guest, found.view.secret
-        image = ImageTraits(
-            info.encrypted, await images.encrypted_below(info), secret=bool(secret), data_file=info.data_file
-        )
+        image = ImageTraits(info.encrypted, await images.encrypted_below(info), secret=bool(secret))
         mode = Mode.OFFLINE if not guest.active else Mode.FLEECE if guest.fleece else Mode.REDIRECT
         why = refusal(where, Way(mode, bare=guest.instance is not None), image, sealed=self._sealed)
         if why is not None:

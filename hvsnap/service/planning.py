@@ -131,7 +131,7 @@ class Planner:
         info = await images.image_info(disk.source, disk.format)
         secret = next((view.secret for view in guest.disks if view.target == disk.target), "")
         # The guest may have been started since the request was admitted.
-        image = ImageTraits(info.encrypted, secret=bool(secret), data_file=info.data_file)
+        image = ImageTraits(info.encrypted, secret=bool(secret))
         where = f"disk {disk.target} of {disk.guest_name}"
         why = refusal(where, Way(mode, bare=guest.instance is not None), image, sealed=self._store.repository.sealed)
         if why is not None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from hvsnap import wire
+from tests import support_table
 from tests.e2e.oracle import instant_in_log, load, logged_operation
 from tests.e2e_bare.rig import BareRig, DoctoredDaemon
 from tests.guest.bare import BareDisk, BareGuest
@@ -32,7 +35,7 @@ def test_a_group_is_one_instant_and_a_log_of_writes_ends_in_one(
     disks = [
         BareDisk(make_image(workdir / "a.qcow2", "8M"), id="vda"),
         BareDisk(make_image(workdir / "b.raw", "8M", "raw"), "raw", id="vdb", style="drive"),
-        BareDisk(make_image(workdir / "c.qcow2", "8M"), id="vdc"),
+        BareDisk(support_table.data_file_image(workdir / "c.qcow2", 8 << 20), id="vdc"),
     ]
     guest = make_bare(disks, guest_image).start()
     rig = BareRig(guest, make_daemon(guest, mode=mode), workdir)
@@ -85,3 +88,42 @@ def test_frozen_file_systems_are_in_the_snapshot_whole(
         ["dumpe2fs", "-h", str(restored)], capture_output=True, text=True
     ).stdout  # fmt: skip
     assert load(restored).size == 16 << 20
+
+
+MERGES = int(os.environ.get("HVSNAP_MERGES", "4"))
+
+
+def test_overlays_are_merged_again_and_again_while_the_guest_writes(
+    make_bare: Callable[..., BareGuest],
+    make_daemon: Callable[..., DoctoredDaemon],
+    guest_image: GuestImage,
+    workdir: Path,
+) -> None:
+    """Through its own devices, by two programs for each disk: QEMU's monitor is no stand-in for that (docs/support.md).
+
+    ``HVSNAP_MERGES=N`` merges N overlays into each disk.
+    """
+    disks = [
+        BareDisk(support_table.data_file_image(workdir / "a.qcow2", 16 << 20), id="vda"),
+        BareDisk(make_image(workdir / "b.raw", "16M", "raw"), "raw", id="vdb"),
+    ]
+    guest = make_bare(disks, guest_image).start()
+    rig = BareRig(guest, make_daemon(guest, mode="redirect"), workdir)
+    for disk in rig.disks:
+        for length in (4096, 262144):
+            turn = f"stress random /dev/{disk.target} $((i=i+7)) 200 {length}"
+            guest.run(f"(while [ ! -e /tmp/stop ]; do {turn}; done > /dev/null 2>&1 &)")
+    older: list[str] = []
+    for _ in range(MERGES):
+        made = rig.daemon.snapshot(guest.name, group=True, consistency="crash")
+        assert guest.active
+        if older:  # a chain has an end
+            with rig.daemon.client() as client:
+                client.post("/snapshots/delete", wire.Deletion, wire.SnapshotDelete(ids=older))
+        older = [one.id for one in made]
+    guest.run("touch /tmp/stop; while ps | grep -q [s]tress; do usleep 50000; done; sync")
+    for disk in rig.disks:
+        rig.replace(disk)
+    rig.capture(rig.disks, group=True)
+    for disk in rig.disks:
+        rig.check_snapshots(disk)

@@ -53,7 +53,6 @@ LIBVIRT, BARE = Way(Mode.REDIRECT, bare=False), Way(Mode.FLEECE, bare=True)
         (3, LIBVIRT, ImageTraits(encrypted=True), True),
         (4, LIBVIRT, ImageTraits(encrypted=True, encrypted_below=True, secret=True), True),
         (4, BARE, ImageTraits(encrypted_below=True), False),
-        (5, Way(Mode.REDIRECT, bare=True), ImageTraits(data_file=True), True),
     ],
 )
 def test_every_refusal_is_in_the_document(note: int, way: Way, image: ImageTraits, sealed: bool) -> None:
