@@ -110,7 +110,7 @@ def test_killed_again_and_again(rigs: Rigs) -> None:
         held = rig.order(order)
         with rig.slow_commits():
             rig.begin(rig.disks)
-            for _ in range(3):
+            for _ in range(2):
                 rig.write_on()
                 rig.reached(held)
                 rig.committing()
