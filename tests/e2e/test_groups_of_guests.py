@@ -174,7 +174,7 @@ class Files:
     def do(self, _disk: object, operation: Operation) -> None:
         assert operation.data is not None
         number = int.from_bytes(operation.data[:8].tobytes(), "little")
-        self.guest.run(f"echo {number} > /mnt/new && sync && mv /mnt/new /mnt/number && sync")
+        self.guest.run(f"echo {number} > /mnt/new && mv /mnt/new /mnt/number && sync")
 
 
 def test_frozen_guests_hold_no_effect_without_its_cause(
