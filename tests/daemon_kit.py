@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -115,6 +116,24 @@ class Daemon:
         except subprocess.TimeoutExpired:
             self._process.kill()
             raise
+
+    # -- its catalog ------------------------------------------------------------------------------
+
+    def query(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
+        """Return committed rows of its catalog, whoever has it open."""
+        path = self.directory / "state" / "catalog.db"
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10)) as connection:
+            return connection.execute(sql, values).fetchall()
+
+    def events(self, key: str, value: str) -> list[str]:
+        """Return the types of the events whose payload says so."""
+        rows = self.query("SELECT type, payload FROM events ORDER BY sequence")
+        return [str(kind) for kind, payload in rows if json.loads(payload).get(key) == value]
+
+    def check_told(self, snapshot: wire.Snapshot) -> None:
+        """A snapshot that has ended was told of twice: when it was begun, and how it ended."""
+        told = [kind for kind in self.events("snapshot", snapshot.id) if kind.startswith("snapshot.")]
+        assert told == ["snapshot.created", f"snapshot.{snapshot.state}"], told
 
     # -- its calls --------------------------------------------------------------------------------
 

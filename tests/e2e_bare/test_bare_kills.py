@@ -18,12 +18,13 @@ import pytest
 
 from hvsnap import wire
 from hvsnap.errors import DaemonUnreachable
+from tests import support_table
 from tests.e2e.oracle import Bytes, check_same
 from tests.e2e.rig import TestDisk
 from tests.e2e_bare.rig import QUICK, BareRig, DoctoredDaemon, a_disk, table
 from tests.faults.rounds import ORDINARY, ROUNDS, share, told
-from tests.guest.bare import BareGuest
-from tests.guest.libvirtd import wait_for
+from tests.guest.bare import BareDisk, BareGuest
+from tests.guest.libvirtd import host_pids, wait_for
 
 SEED = int(os.environ.get("E2E_SEED", "1"))
 ACTS_MAX = 120
@@ -108,8 +109,14 @@ class Kills:
     def check(self, made: list[wire.Snapshot], before: dict[str, Bytes], act: str) -> None:
         """Check all that must be right after any kill."""
         assert self.rig.left_behind() == []
+        assert not host_pids("qemu-nbd", str(self.daemon.directory))
+        # The daemon itself may be writing something: its lease, or what it removes of a failed snapshot.
+        wait_for(lambda: not list(self.daemon.directory.glob("state/store/.tmp/*")), "the last temporary file's end")
+        assert self.rig.qmp("query-status")["status"] == "running"
         for disk in self.rig.disks:
             self.rig.check_disk(disk, act)
+        for (known,) in self.daemon.query("SELECT id FROM snapshots"):  # those, too, whose request had no answer
+            self.daemon.check_told(self.daemon.info(known))
         for snapshot in (self.daemon.info(one.id) for one in made):
             assert snapshot.state in ("accomplished", "failed"), act
             if snapshot.state == "accomplished":
@@ -135,8 +142,10 @@ class Kills:
 def make_kills(make_bare: Callable[..., BareGuest], workdir: Path) -> Iterator[Callable[..., Kills]]:
     made: list[KillingDaemon] = []
 
-    def make(mode: str, random: Random) -> Kills:
+    def make(mode: str, random: Random, *, data_file: bool = False) -> Kills:
         disks = [a_disk(workdir, "vda", "3M"), a_disk(workdir, "vdb", "2M", "raw")]
+        if data_file:
+            disks[0] = BareDisk(support_table.data_file_image(workdir / "vda.qcow2", 3 << 20), id="vda")
         guest = make_bare(disks).start()
         directory = workdir / "daemon"
         directory.mkdir()
@@ -164,7 +173,7 @@ def test_a_kill_at_any_act_of_a_capture_loses_nothing(
     make_kills: Callable[..., Kills], mode: str, victim: str, record_property: Callable[[str, object], None]
 ) -> None:
     random = Random(f"{mode} {victim} {SEED}")
-    kills = make_kills(mode, random)
+    kills = make_kills(mode, random, data_file=victim == "QEMU")
     count = kills.count()
     assert 20 < count < ACTS_MAX
     part = f"bare {mode}, {victim}"

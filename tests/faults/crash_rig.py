@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import sqlite3
 import subprocess
 import threading
 import time
@@ -431,10 +430,8 @@ class CrashRig:
     # -- what the catalog says --------------------------------------------------------------------
 
     def query(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
-        """Return committed rows of the daemon's catalog, whoever has it open."""
-        path = self.daemon.directory / "state" / "catalog.db"
-        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10)) as connection:
-            return connection.execute(sql, values).fetchall()
+        """Return committed rows of the daemon's catalog."""
+        return self.daemon.query(sql, *values)
 
     def snapshots(self) -> list[str]:
         """Return all snapshots' ids, oldest first."""
@@ -442,8 +439,7 @@ class CrashRig:
 
     def events(self, key: str, value: str) -> list[str]:
         """Return the types of the events whose payload says so."""
-        rows = self.query("SELECT type, payload FROM events ORDER BY sequence")
-        return [str(kind) for kind, payload in rows if json.loads(payload).get(key) == value]
+        return self.daemon.events(key, value)
 
     def bitmap_of(self, disk: CrashDisk) -> str | None:
         """Return the bitmap that the catalog expects on a disk."""
@@ -530,8 +526,7 @@ class CrashRig:
         for snapshot in new:
             info = self.daemon.info(snapshot)
             assert info.state in ("accomplished", "failed"), info
-            told = [kind for kind in self.events("snapshot", snapshot) if kind.startswith("snapshot.")]
-            assert told == ["snapshot.created", f"snapshot.{info.state}"], told
+            self.daemon.check_told(info)
             disk = next(disk for disk in self.disks if disk.target == info.target)
             if info.state == "accomplished":
                 accomplished.setdefault(disk.target, []).append(snapshot)
