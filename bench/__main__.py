@@ -1,4 +1,4 @@
-"""``python -m bench [copying|impact|rollback|all] [--rounds N] [--mib N] [--json]``: beside its peers, as ratios."""
+"""``python -m bench [copying|impact|rollback|instant|all] [--rounds N] [--json]``: as ratios of one run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from bench.copying import Copying
 from bench.disk import build
 from bench.impact import Impact
+from bench.instant import BOOT_MAX, BOOT_RATIO, Instant
 from bench.rollback import TIME_MAX, WRITTEN_MAX, Rolling
 
 GIB = 1 << 30
@@ -63,9 +64,20 @@ def rollback(rounds: int, mib: int) -> dict[str, Any]:
     return {"figures": run.figures, "medians": run.summary()}
 
 
+def instant(rounds: int) -> dict[str, Any]:
+    run = Instant(say)
+    run.rounds(rounds)
+    print(f"\n{'an instant disk':<50} {'median':>7} {'at most':>8}")
+    for name, value in run.summary().items():
+        limit = BOOT_MAX if name == BOOT_RATIO else None
+        verdict = "" if limit is None else f"{limit:8.2f}  {'ok' if value <= limit else 'MISSED'}"
+        print(f"{name:<50} {value:7.2f} {verdict}")
+    return {"figures": run.figures, "medians": run.summary()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("what", nargs="?", default="all", choices=["copying", "impact", "rollback", "all"])
+    parser.add_argument("what", nargs="?", default="all", choices=["copying", "impact", "rollback", "instant", "all"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mib", type=int, default=2000, help="real file data on the disk")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of the guest")
@@ -84,6 +96,8 @@ def main() -> int:
         result["impact"] = impact(options.rounds, options.seconds)
     if options.what in ("rollback", "all"):
         result["rollback"] = rollback(options.rounds, options.mib)
+    if options.what in ("instant", "all"):
+        result["instant"] = instant(options.rounds)
     if options.json:
         print(json.dumps(result, indent=2))
     return 0

@@ -35,6 +35,8 @@ READ_BYTES = 200 * MIB
 BOOT_MAX = 1.5
 """Times the boot from a local copy (docs/service.md)."""
 
+BOOT_RATIO = "boot from an instant disk / from a local copy"
+
 FILL_TIMEOUT_S = 300.0
 
 _BEFORE, _AFTER = INIT.split("mkdir -p /dev/virtio-ports\n")
@@ -108,7 +110,7 @@ class Instant:
         """Return the median of each figure, and the ratios, taken round by round."""
         found = {name: median(values) for name, values in self.figures.items()}
         for name, (ours, theirs) in {
-            "boot from an instant disk / from a local copy": ("instant boot s", "local boot s"),
+            BOOT_RATIO: ("instant boot s", "local boot s"),
             "ordered to booted, instant / copied before": ("instant ordered to booted s", "local ordered to booted s"),
             "nbdcopy of a served snapshot / of a local copy": ("nbdcopy served s", "nbdcopy local s"),
         }.items():

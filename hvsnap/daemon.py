@@ -77,7 +77,7 @@ async def serve(
             await house.mqtt.check()
         measured = await _measured(house)
         await house.server.start()
-        house.instants.serving = True
+        house.instants.start_serving()
         await _settle_at_start(house)
         listening = await asyncio.to_thread(listen, Path(settings.socket), settings.socket_group)
         server = HttpServer(create_app(house.service, doorkeeper, read_only=settings.store.read_only), listening)

@@ -23,7 +23,7 @@ from hvsnap.hypervisor.fleet import Fleet, Member
 from hvsnap.hypervisor.libvirt import LibvirtHypervisor
 from hvsnap.hypervisor.libvirt_disks import LibvirtDisks
 from hvsnap.hypervisor.qmp import BareGuest, QmpHypervisor
-from hvsnap.model import DiskId, Layer
+from hvsnap.model import Layer
 from hvsnap.mqtt.publisher import MqttPublisher
 from hvsnap.restore import drill
 from hvsnap.restore.disk import DiskMaker
@@ -200,7 +200,8 @@ async def _furnish(
     catalog.on_event.append(housekeeping.listen)
     driller = _driller(settings, catalog, store, private, housekeeping)
     drilled = ExportRecovery(catalog, driller, uses, drill.KIND)
-    recoveries = [captures.recover, restores.recover, attaching.recover, exports.recover, instants.recover]
+    # A disk is served before it is attached.
+    recoveries = [captures.recover, restores.recover, instants.recover, attaching.recover, exports.recover]
     recoveries.append(drilled.recover)
     recovery = Recovery(catalog, recoveries, captures.give_way)
     attendance.also_wake.append(recovery.wake)
@@ -264,7 +265,8 @@ async def _furnish(
             inventory,
             guests,
             DiskLooks(hypervisor, inventory, images.image_info),
-            lambda: captures.busy_disks() | {DiskId(one) for one in uses.held()},
+            captures.busy_disks,
+            lambda: uses.held() | attaching.at_work() | instants.at_work(),
             mqtt_status,
             housekeeping.sampler.days_to_full,
         ),

@@ -278,6 +278,7 @@ async def a_house(directory: Path) -> AsyncIterator[House]:
                 guests,
                 DiskLooks(hypervisor, inventory, _inspect),
                 captures.busy_disks,
+                uses.held,
                 lambda: mqtt,
                 housekeeping.sampler.days_to_full,
             ),

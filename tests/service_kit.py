@@ -111,6 +111,9 @@ class FakeHypervisor:
     async def pull_start(self, uuid: GuestUuid, target: str) -> None:
         raise NotImplementedError
 
+    async def pull_stop(self, uuid: GuestUuid, target: str) -> None:
+        raise NotImplementedError
+
     async def job(self, uuid: GuestUuid, target: str) -> JobView | None:
         return None
 

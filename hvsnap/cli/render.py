@@ -216,6 +216,9 @@ def deletion(answer: wire.Deletion) -> str:
     lines = [f"{one.id}: {verb} {size(one.freed_bytes)}" for one in answer.snapshots]
     if len(answer.snapshots) > 1:
         lines.append(f"all together: {verb} {size(answer.freed_bytes)}")
+    could = "could" if answer.dry_run else "can"
+    for one in answer.snapshots:
+        lines += [f"{safe(disk)} {could} no longer be re-initialised: it was made of {one.id}" for disk in one.disks]
     return "\n".join(lines)
 
 

@@ -32,6 +32,10 @@ class Owner(Hypervisor, Protocol):
         """Let QEMU copy what lies below a disk's image into it."""
         ...
 
+    async def pull_stop(self, uuid: GuestUuid, target: str) -> None:
+        """Give that up; what was copied stays."""
+        ...
+
     async def traits(self) -> Traits:
         """Return what its host is like."""
         ...
@@ -190,6 +194,10 @@ class Fleet:
     async def pull_start(self, uuid: GuestUuid, target: str) -> None:
         """Let QEMU fill a disk's image from below."""
         await (await self._owner(uuid)).pull_start(uuid, target)
+
+    async def pull_stop(self, uuid: GuestUuid, target: str) -> None:
+        """Give that up."""
+        await (await self._owner(uuid)).pull_stop(uuid, target)
 
     async def job(self, uuid: GuestUuid, target: str) -> JobView | None:
         """Return the block job on a disk."""

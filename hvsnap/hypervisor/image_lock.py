@@ -25,6 +25,7 @@ from hvsnap.errors import Busy, HypervisorFailed
 
 _USED, _UNSHARED = 100, 200
 _WRITE, _RESIZE = 1, 3  # numbers of QEMU's permissions BLK_PERM_WRITE and BLK_PERM_RESIZE
+_WRITING = (_WRITE, _RESIZE)
 _FLOCK = "hhqqi4x"  # struct flock on 64-bit Linux: type, whence, start, length, process
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 """A file system without such locks: QEMU goes without them there, too."""
@@ -45,9 +46,9 @@ def _lock(path: str) -> int:
         raise HypervisorFailed(f"cannot open {path}: {error.strerror}") from error
     try:
         # As QEMU does: take first, then look, so that of two who come at once at least one sees the other.
-        for permission in (_WRITE, _RESIZE):
+        for permission in _WRITING:
             _request(fd, fcntl.F_OFD_SETLK, fcntl.F_RDLCK, _UNSHARED + permission)
-        for permission in (_WRITE, _RESIZE):
+        for permission in _WRITING:
             if _request(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, _USED + permission) != fcntl.F_UNLCK:
                 raise Busy(f"{path} is open for writing elsewhere", hint="try again; a guest may just have started")
     except OSError as error:
@@ -73,6 +74,20 @@ def in_use(path: str) -> bool:
         whole = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, _USED, 2 * (_UNSHARED - _USED), 0)
         found: int = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_OFD_GETLK, whole))[0]
         return found != fcntl.F_UNLCK
+    except OSError as error:
+        return error.errno not in _NO_LOCKS
+    finally:
+        os.close(fd)
+
+
+def is_written(path: str) -> bool:
+    """Whether a program has an image file open so that it may write to it, as QEMU does. Blocking."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        return any(_request(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, _USED + one) != fcntl.F_UNLCK for one in _WRITING)
     except OSError as error:
         return error.errno not in _NO_LOCKS
     finally:

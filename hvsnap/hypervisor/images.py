@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvsnap.errors import HypervisorFailed, TargetExists
+from hvsnap.errors import HypervisorFailed, Refused, TargetExists
 from hvsnap.hypervisor.image_key import CREATE_OPTIONS, named
 from hvsnap.hypervisor.tools import run
 from hvsnap.model import Bitmap
@@ -227,9 +227,21 @@ async def create_over_nbd(path: str, socket: str, size_bytes: int) -> None:
         raise
 
 
-async def flatten(path: str) -> None:
-    """Copy what an overlay has below it into it, until it needs nothing any more; may be repeated when interrupted."""
-    await run("qemu-img", "rebase", "-f", "qcow2", "-b", "", path)
+async def copy_whole(path: str, target: str) -> None:
+    """Copy a qcow2 overlay, with all that it has below it, into a new, empty qcow2 image of its size.
+
+    The overlay's lock is not taken: whoever writes to it meanwhile makes the copy worthless, and is not disturbed.
+    """
+    to_new = ("-n", "--target-is-zero", "-W", "-O", "qcow2")
+    await run("qemu-img", "convert", "-U", "-f", "qcow2", *to_new, path, target)
+
+
+async def check_no_snapshots(path: str) -> None:
+    """Raise :class:`Refused` for a qcow2 image with snapshots inside: they would lose what lies below the image."""
+    raw = json.loads(await run("qemu-img", "info", "-U", "--output=json", "-f", "qcow2", path))
+    if raw.get("snapshots"):
+        hint = "delete them: virsh snapshot-delete, or with the guest off qemu-img snapshot -d NAME IMAGE"
+        raise Refused(f"{path} holds snapshots of its own, which need what lies below it", hint=hint)
 
 
 async def bitmap_add(

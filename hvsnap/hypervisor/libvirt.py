@@ -256,6 +256,10 @@ class LibvirtHypervisor:
         """Let QEMU copy what lies below a disk's image into it; it ends by itself."""
         await self._on(uuid, lambda domain: domain.blockPull(target, 0, 0))
 
+    async def pull_stop(self, uuid: GuestUuid, target: str) -> None:
+        """Give that up; what was copied stays."""
+        await self._on(uuid, lambda domain: domain.blockJobAbort(target, 0))
+
     async def redefine_source(self, uuid: GuestUuid, target: str, layer_path: str, layer_format: str) -> None:
         """Point the persistent definition of a shut-off guest's disk at an image."""
 

@@ -84,9 +84,18 @@ async def start(what: Nbdkit) -> int:
         await end(running(what) or process.pid, what)
         raise HypervisorFailed(f"nbdkit did not come up within {START_TIMEOUT_S:.0f} s") from error
     except BaseException:
-        await asyncio.shield(end(process.pid, what))
+        await asyncio.shield(_give_up(process, what))
         raise
     return pid
+
+
+async def _give_up(process: asyncio.subprocess.Process, what: Nbdkit) -> None:
+    """End what was being started; in the background it is another process than the one that we have started."""
+    if what.outlives:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), END_GRACE_S)
+    pid = await asyncio.to_thread(running, what)
+    await end(process.pid if pid is None else pid, what)
 
 
 def _up(what: Nbdkit, pid: int) -> int | None:

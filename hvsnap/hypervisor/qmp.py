@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -243,7 +244,11 @@ class QmpHypervisor:
     async def pull_start(self, uuid: GuestUuid, target: str) -> None:
         """Let QEMU copy what lies below a disk's image into it; it ends by itself."""
         node = (await self._look.attachment(target)).format_node
-        await self._connection.execute("block-stream", **{"job-id": f"hvsnap-pull-{target}", "device": node})
+        await self._connection.execute("block-stream", **{"job-id": _pull_job(target), "device": node})
+
+    async def pull_stop(self, uuid: GuestUuid, target: str) -> None:
+        """Give that up; what was copied stays."""
+        await self._connection.execute("job-cancel", id=_pull_job(target))
 
     async def redefine_source(self, uuid: GuestUuid, target: str, layer_path: str, layer_format: str) -> None:
         """Remember which image a shut-off guest's disk has: its launcher never knew of another."""
@@ -320,3 +325,8 @@ class QmpHypervisor:
 
         force = "end its QEMU (`quit` in its monitor), which some launchers keep after their guest,"
         await shut_down(self.name, Ways(is_active, ask_agent, press, force), timeout_s)
+
+
+def _pull_job(target: str) -> str:
+    """Return the name of the job that fills a disk; QEMU takes letters, digits and three signs."""
+    return f"{qemu_nodes.OURS}p-{re.sub('[^A-Za-z0-9._-]', '-', target)}"

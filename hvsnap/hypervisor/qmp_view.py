@@ -149,12 +149,12 @@ def _attachment(entry: dict[str, Any], answers: Answers) -> Attachment:
     root = str(inserted["node-name"])
     try:
         path = filters_and_format(inserted, list(answers.nodes), answers.graph)
-        layers, chain, nodes = _layers(path, answers)
+        layers, chain, nodes, below = _layers(path, answers)
     except (HypervisorFailed, KeyError) as error:
         # A name that one answer knows and another does not: the graph changed between them.
         why = error.message if isinstance(error, HypervisorFailed) else "QEMU's block graph is changing"
         return Attachment(replace(view, skip_reason=reason or why), device.path, root, (), frozenset({root}))
-    reason = reason or ("it is read-only" if inserted.get("ro") else "") or _layers_reason(layers)
+    reason = reason or ("it is read-only" if inserted.get("ro") else "") or _layers_reason(layers) or below
     return Attachment(replace(view, layers=layers, skip_reason=reason), device.path, root, chain, frozenset(nodes))
 
 
@@ -190,8 +190,12 @@ def _layers_reason(layers: Sequence[Layer]) -> str:
     return "" if os.path.isabs(layers[0].path) else f"the path of its image is relative: {layers[0].path}"
 
 
-def _layers(path: Sequence[str], answers: Answers) -> tuple[tuple[Layer, ...], tuple[str, ...], set[str]]:
-    """Return a disk's backing chain, its format nodes, and the names of all its nodes."""
+def _layers(path: Sequence[str], answers: Answers) -> tuple[tuple[Layer, ...], tuple[str, ...], set[str], str]:
+    """Return a disk's backing chain, its format nodes, and the names of all its nodes.
+
+    The chain ends where something lies below it that is no file (an instant disk that is not whole); the last item
+    says so.
+    """
     drivers = {node["node-name"]: str(node["drv"]) for node in answers.nodes}
     files = {node["node-name"]: str(node["file"]) for node in answers.nodes}
     graph = Graph(answers.graph)
@@ -204,6 +208,8 @@ def _layers(path: Sequence[str], answers: Answers) -> tuple[tuple[Layer, ...], t
         while leaf is not None and drivers.get(leaf) not in FILE_DRIVERS:
             seen.add(leaf)
             leaf = graph.below(leaf)
+        if leaf is None and layers:
+            return tuple(layers), tuple(chain), seen, "its image lies over what is not a file or block device"
         if leaf is None:
             raise HypervisorFailed("its source is not a file or block device")
         seen |= {current, leaf}
@@ -216,7 +222,7 @@ def _layers(path: Sequence[str], answers: Answers) -> tuple[tuple[Layer, ...], t
         if below in seen:
             raise HypervisorFailed("QEMU's block graph has a loop")
         current = below
-    return tuple(layers), tuple(chain), seen
+    return tuple(layers), tuple(chain), seen, ""
 
 
 def _absolute(path: str, directory: str) -> str:

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 
-from hvsnap.errors import HvsnapError
+from hvsnap.errors import HvsnapError, StoreFailed
 from hvsnap.restore import block_protocol as protocol
 from hvsnap.restore.snapshot_reader import SnapshotReader
 
@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 ANSWERS_MAX = 16
 """Requests that are answered at once, over all connections: 64 MiB of answers at most."""
+
+DRAIN_S = 30.0
 
 SOCKET_NAME = "blocks.sock"
 
@@ -70,11 +72,12 @@ class BlockSource:
                     writer.write(protocol.ANSWER.pack(status, sum(len(one) for one in pieces)))
                     for piece in pieces:
                         writer.write(piece)
-                    await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
+                    # One that is stopped must not take the others' turns for ever; it asks again.
+                    await asyncio.wait_for(writer.drain(), DRAIN_S)
+        except (asyncio.IncompleteReadError, ConnectionError, TimeoutError):
             pass
         finally:
-            writer.close()
+            writer.transport.abort()
 
     async def _answer(self, request: bytes) -> tuple[int, list[bytes] | list[memoryview]]:
         magic, operation, name, offset, length = protocol.REQUEST.unpack(request)
@@ -90,6 +93,10 @@ class BlockSource:
             if operation == protocol.EXTENTS:
                 runs = await source.extents(offset, length)
                 return protocol.OK, [b"".join(protocol.EXTENT.pack(count, zero) for count, zero in runs)]
+        except StoreFailed as error:
+            # A store that is away comes back: who has patience asks again, and sees no error meanwhile.
+            log.warning("snapshot %s cannot be read at %d now: %s", snapshot, offset, error.message)
+            return protocol.NOT_SERVED, [error.message.encode()]
         except HvsnapError as error:
             log.error("snapshot %s cannot be read at %d: %s", snapshot, offset, error.message)
             return protocol.FAILED, [error.message.encode()]

@@ -3,9 +3,8 @@
 SERVICE 7.2.
 
 Who fills it follows from who has it open. A running guest's own QEMU pulls the rest in (block-stream): nobody else may
-write to an image that it has open. While nobody has it open and nothing was written to it, a whole disk is made beside,
-and takes its name in one step: a guest may start at any moment, and then that copy is given up. What was written to and
-is off is completed in place.
+write to an image that it has open. While nobody has it open, a whole disk is made beside, of the store alone or of what
+was written to it, too, and takes its name in one step: a guest may start at any moment, and then that copy is given up.
 
 Everything is in the journal before it is done. nbdkit outlives the daemon, so that a guest sees no error when that is
 restarted; the next daemon finds it again, or starts it at the same socket.
@@ -20,20 +19,20 @@ import os
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from hvsnap.capture.pipeline import Meter
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import Busy, Failed, HvsnapError
 from hvsnap.happenings import EventType
 from hvsnap.hypervisor import images
-from hvsnap.hypervisor.image_lock import images_locked
+from hvsnap.hypervisor.image_lock import images_locked, in_use, is_written
 from hvsnap.hypervisor.nbd_server import serve_image
-from hvsnap.model import GuestUuid, Operation, OperationId, Origin, Progress, Snapshot, SnapshotId
-from hvsnap.ports import Hypervisor
+from hvsnap.model import Operation, OperationId, Origin, Snapshot, SnapshotId
 from hvsnap.restore import target
 from hvsnap.restore.disk import Order, Plan, open_attaching
 from hvsnap.restore.fill import Filler
+from hvsnap.restore.pull import Puller, Pulling, Report
 from hvsnap.restore.serve import Access, Served, SnapshotServer
 from hvsnap.restore.writer import open_writer
 from hvsnap.store.blocks import PackedBlocks
@@ -45,10 +44,11 @@ KIND = "disk-instant"
 
 LOOK_S = 1.0
 RETRY_S = 5.0
+RETRY_S_MAX = 300.0
+"""What cannot be filled now (a device that is full, a store that is away) is tried again after growing pauses."""
+
 LOCK_KEPT_S = 3.0
 """How long the lock of an image that was replaced is kept: a QEMU may have opened it, and not have locked it yet."""
-
-Report = Callable[[Progress], None]
 
 
 class Step(StrEnum):
@@ -63,12 +63,8 @@ class Gone(Failed):
     """The disk was removed before it was whole."""
 
 
-class Pulling(Hypervisor, Protocol):
-    """A hypervisor whose guests can fill their disks themselves."""
-
-    async def pull_start(self, uuid: GuestUuid, target: str) -> None:
-        """Let QEMU copy what lies below a disk's image into it, until it stands alone."""
-        ...
+class Awaited(Busy):
+    """It goes on by itself as soon as the daemon runs: nothing has to be done for it."""
 
 
 class InstantDisks:
@@ -183,6 +179,10 @@ class InstantDisks:
             return True
         return False
 
+    async def serve(self, operation: Operation) -> None:
+        """Let what a disk is made of be served (again): its guest goes on from here. Raises what serving raises."""
+        self._server.leave(await self._serve(operation))
+
     # -- filling ----------------------------------------------------------------------------------
 
     async def fill(self, operation_id: OperationId, say: Callable[[str], None], report: Report) -> int:
@@ -204,34 +204,46 @@ class InstantDisks:
     async def _until_whole(
         self, operation: Operation, snapshot: Snapshot, say: Callable[[str], None], report: Report
     ) -> None:
-        path = str(operation.facts["target"])
+        path, failures = str(operation.facts["target"]), 0
+        puller = Puller(self._hypervisor, path)
         while True:
             pause_s = LOOK_S
-            if not await asyncio.to_thread(os.path.lexists, path):
-                await self._lost(operation)
-                raise Gone(f"{path} was removed before it was whole")
             try:
+                await self._check_there(operation)
                 # Taken first: what is written after it is seen, also before the disk is found to be empty.
                 before = await asyncio.to_thread(_stamp, path)
                 if await self._whole(operation):
                     return
+                await images.check_no_snapshots(path)
+                await asyncio.to_thread(_let_in, path, self._server.socket(_name(operation)))
                 if await self._open(operation):
+                    await puller.look(report)
                     say("the guest's QEMU fills it")
-                    await self._pull(path, report)
-                elif await images.is_empty(path):
+                else:
                     say("filling it beside, nobody uses it")
                     await self._beside(operation, snapshot, before, report)
-                    continue
-                else:
-                    say("completing it in place, nobody uses it")
-                    await images.flatten(path)
-                    continue
+                    pause_s = 0.0
+                failures = 0
+            except Gone:
+                raise
             except HvsnapError as error:
                 # A guest that starts or ends in between, a device that is full: later it looks different.
                 log.info("%s is not filled yet: %s", path, error.message)
                 say(f"waiting: {error.message}"[:200])
-                pause_s = LOOK_S if isinstance(error, Busy) else RETRY_S
+                if not isinstance(error, Busy):
+                    pause_s = min(RETRY_S * 2**failures, RETRY_S_MAX)
+                    failures += 1
             await asyncio.sleep(pause_s)
+
+    async def _check_there(self, operation: Operation) -> None:
+        """Raise :class:`Gone` for a disk that was removed, :class:`Busy` as long as a guest still lives on it."""
+        path = str(operation.facts["target"])
+        if await asyncio.to_thread(os.path.lexists, path):
+            return
+        if await asyncio.to_thread(_clients, self._server.socket(_name(operation))):
+            raise Busy(f"{path} was removed, and is still in use", hint="")
+        await self._lost(operation)
+        raise Gone(f"{path} was removed before it was whole")
 
     async def _whole(self, operation: Operation) -> bool:
         """Whether nothing is left that reads from the served snapshot, of the image or of who has it open."""
@@ -241,22 +253,13 @@ class InstantDisks:
         return not await asyncio.to_thread(_clients, self._server.socket(_name(operation)))
 
     async def _open(self, operation: Operation) -> bool:
-        """Whether anybody has the disk open: who has reads the served snapshot by it, too."""
-        return bool(await asyncio.to_thread(_clients, self._server.socket(_name(operation))))
+        """Whether anybody has the disk open: who has reads the served snapshot by it, too, or will again.
 
-    async def _pull(self, path: str, report: Report) -> None:
-        """Let the guest's QEMU fill the disk, and tell how far it is."""
-        for guest in await self._hypervisor.guests():
-            for disk in guest.disks if guest.active else ():
-                if not disk.layers or disk.top.path != path:
-                    continue
-                job = await self._hypervisor.job(guest.uuid, disk.target)
-                if job is None:
-                    await self._hypervisor.pull_start(guest.uuid, disk.target)
-                elif job.total_bytes:
-                    report(Progress("", job.done_bytes, job.total_bytes, 0.0, None))
-                return
-        raise Busy(f"{path} is open in a program that hvsnap does not know", hint="it is filled once that has ended")
+        One whose connection was lost has the image's lock still.
+        """
+        if await asyncio.to_thread(_clients, self._server.socket(_name(operation))):
+            return True
+        return await asyncio.to_thread(in_use, str(operation.facts["target"]))
 
     async def _beside(self, operation: Operation, snapshot: Snapshot, before: tuple[int, ...], report: Report) -> None:
         """Make a whole disk beside, and put it in the place of the overlay if nobody has used that meanwhile."""
@@ -264,14 +267,18 @@ class InstantDisks:
         await images.remove(beside)
         filler = Filler(self._catalog, self._store, snapshot)
         blocks, _zero = await filler.count(filler.stored_writes())
-        await asyncio.to_thread(target.check_space, path, blocks * self._store.block_size)
+        await asyncio.to_thread(target.check_space, path, blocks * self._store.block_size + _held_bytes(before))
         try:
             await images.create_image(beside, "qcow2", snapshot.size_bytes, like=path)
-            meter = Meter(snapshot.id, blocks * self._store.block_size, report)
-            filling = asyncio.create_task(self._write(beside, filler, snapshot, meter), name=f"fill {path}")
+            if await images.is_empty(path):
+                meter = Meter(snapshot.id, blocks * self._store.block_size, report)
+                work = self._write(beside, filler, snapshot, meter)
+            else:
+                work = images.copy_whole(path, beside)
+            filling = asyncio.create_task(work, name=f"fill {path}")
             try:
                 while not (await asyncio.wait([filling], timeout=LOOK_S))[0]:
-                    if await self._open(operation) or await asyncio.to_thread(_stamp, path) != before:
+                    if await asyncio.to_thread(_stamp, path) != before or await self._used(operation):
                         raise Busy(f"{path} is used now", hint="")
                 filling.result()
             finally:
@@ -280,6 +287,10 @@ class InstantDisks:
             await self._replace(operation, path, beside, before)
         finally:
             await asyncio.shield(images.remove(beside))
+
+    async def _used(self, operation: Operation) -> bool:
+        """Whether anybody may write to the disk. That we read it ourselves is nothing."""
+        return await asyncio.to_thread(is_written, str(operation.facts["target"]))
 
     async def _write(self, path: str, filler: Filler, snapshot: Snapshot, meter: Meter) -> None:
         serving = serve_image(path, "qcow2", run_dir=self._run_dir, read_only=False)
@@ -336,6 +347,11 @@ def _beside(operation: Operation) -> str:
     return f"{operation.facts['temporary']}.whole"
 
 
+def _held_bytes(stamp: tuple[int, ...]) -> int:
+    """Return what an overlay takes on its device, by its stamp: what was written to it, at most."""
+    return stamp[3] * 512 if stamp else 0
+
+
 def _stamp(path: str) -> tuple[int, ...]:
     """Return what changes when a file is written to; nothing for one that is gone. Blocking."""
     try:
@@ -351,6 +367,14 @@ def _same_owner(path: str, new: str) -> None:
     with contextlib.suppress(PermissionError):
         os.chown(new, seen.st_uid, seen.st_gid)
     os.chmod(new, seen.st_mode & 0o7777)
+
+
+def _let_in(path: str, socket: str) -> None:
+    """Let the user to whom a disk was given read what lies below it, too: a bare guest's QEMU. Blocking."""
+    with contextlib.suppress(OSError):
+        owner = os.stat(path)
+        if owner.st_uid not in (0, os.stat(socket).st_uid):
+            os.chown(socket, owner.st_uid, owner.st_gid)
 
 
 def _clients(socket: str) -> int:

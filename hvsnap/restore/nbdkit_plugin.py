@@ -22,6 +22,7 @@ from hvsnap.restore import block_protocol as protocol
 
 API_VERSION = 2
 RETRY_S = 0.1
+RETRY_S_MAX = 2.0
 PIECE_BYTES = 256 << 10
 """A guest that starts reads thousands of times 4 KiB, near to each other: for less than this a whole aligned piece is
 asked for and kept. Each request to the daemon wakes up two processes, which on a busy host takes longer than decoding.
@@ -64,13 +65,15 @@ class _Daemon:
         Raises :class:`_Refused`.
         """
         deadline = time.monotonic() + self.patience_s
+        pause_s = RETRY_S
         while True:
             try:
                 return self._ask(protocol.request(operation, self.snapshot, offset, length), take)
             except (OSError, _Away) as error:
                 if time.monotonic() >= deadline:
                     raise _Silent(f"the daemon does not answer: {error}") from None
-                time.sleep(RETRY_S)
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, RETRY_S_MAX)
 
     def _ask(self, request: bytes, take: Callable[[socket.socket, int], T]) -> T:
         connection = self._connection()

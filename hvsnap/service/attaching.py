@@ -16,6 +16,7 @@ from hvsnap.errors import Failed, HvsnapError, HypervisorUnreachable, NotFound, 
 from hvsnap.happenings import EventType
 from hvsnap.hypervisor import domain_xml, images
 from hvsnap.model import Disk, DiskId, GuestUuid, Layer, Operation, OperationId
+from hvsnap.restore import instant
 from hvsnap.restore.disk import ATTACH_KIND, Attachment
 from hvsnap.restore.target import is_device
 from hvsnap.service.inventory import Inventory
@@ -51,6 +52,12 @@ class Attaching:
         self._devices = devices
         self._at_work: set[OperationId] = set()
         self._turn = asyncio.Lock()
+        self.serving = False
+        """Whether this is a daemon, which serves what instant disks are made of."""
+
+    def at_work(self) -> set[str]:
+        """Return the entries of the journal that are being worked on."""
+        return set(self._at_work)
 
     async def check(self, guest_name: str, target: str) -> Attachment:
         """Return where a disk is to be attached. Raises :class:`GuestUnknown`, :class:`BadRequest`, and
@@ -87,6 +94,10 @@ class Attaching:
         for operation in await self._catalog.operations(ATTACH_KIND):
             if operation.id in self._at_work or (only is not None and operation.id not in only):
                 continue
+            if not self.serving and operation.facts["path"] in await self._filling():
+                why = f"{operation.facts['path']} is not whole yet: the daemon serves it, then it is attached"
+                outcome.append((operation, instant.Awaited(why)))
+                continue
             self._at_work.add(operation.id)
             try:
                 await self._attach(operation.id)
@@ -100,6 +111,10 @@ class Attaching:
             outcome.append((operation, None))
         return outcome
 
+    async def _filling(self) -> set[str]:
+        """Return the paths of instant disks that are not whole."""
+        return {str(one.facts["target"]) for one in await self._catalog.operations(instant.KIND)}
+
     # -- inside -----------------------------------------------------------------------------------
 
     async def _attach(self, operation_id: OperationId) -> Disk:
@@ -109,7 +124,7 @@ class Attaching:
                 error = await self._try(operation)
                 if error is not None:
                     await self._tell_failure(operation, error)
-                    hint = "it is whole: attach it with `virsh attach-disk`, or remove it"
+                    hint = "it is there: attach it with `virsh attach-disk`, or remove it"
                     why = (
                         f"{operation.facts['path']} was made, but could not be attached as {operation.facts['target']}"
                     )

@@ -195,6 +195,7 @@ class Doctor:
         guests: Guests,
         looks: DiskLooks,
         busy_disks: Callable[[], set[DiskId]],
+        held: Callable[[], set[str]],
         mqtt_status: Callable[[], MqttStatus],
         days_to_full: Callable[[], Awaitable[float | None]],
     ) -> None:
@@ -205,6 +206,7 @@ class Doctor:
         self._guests = guests
         self._looks = looks
         self._busy_disks = busy_disks
+        self._held = held
         self._mqtt_status = mqtt_status
         self._days_to_full = days_to_full
 
@@ -255,7 +257,10 @@ class Doctor:
         try:
             disks = await self._catalog.disks(include_released=True)
             snapshots = await self._catalog.snapshots()
+            # First who is at work, then the journal: work that ends in between must not be taken for a crash's.
+            held = self._held()
             operations = await self._catalog.operations()
+            held |= self._held()
             drills = await self._catalog.drills.newest()
         except HvsnapError as error:
             return [
@@ -266,8 +271,9 @@ class Doctor:
             ]  # fmt: skip
         evidence = f"{len(disks)} disks, {len(snapshots)} snapshots"
         ok = Finding(severity=Severity.OK, check="catalog", what="the catalog answers", evidence=evidence, remedy="")
-        busy = self._busy_disks()
-        open_now = findings.operations(operations, sum(1 for one in operations if _is_worked_on(one, busy)))
+        busy = self._busy_disks() | held
+        left = [one for one in operations if not _is_worked_on(one, busy)]
+        open_now = findings.operations(left, len(operations))
         newest_s = max((row.created_at for row in snapshots), default=0.0)
         filling = findings.filling(await self._days_to_full())
         present = {disk.id: disk for disk in disks if not disk.released}
@@ -279,11 +285,11 @@ async def _answer_of_qemu() -> str:
     return await doctor_looks.answer(f"qemu-system-{os.uname().machine}", "--version") or ""
 
 
-def _is_worked_on(operation: Operation, busy: set[DiskId]) -> bool:
-    """Whether this process is at work on a journal entry."""
+def _is_worked_on(operation: Operation, busy: set[str]) -> bool:
+    """Whether this process is at work on a journal entry: on the entry by its id, on its disk, or on its path."""
     if operation.kind == KIND:
         return any(disk.disk in busy for disk in CaptureFacts.of(operation).disks)
-    return operation.facts.get("disk") in busy or operation.facts.get("target") in busy
+    return not busy.isdisjoint({operation.id, operation.facts.get("disk"), operation.facts.get("target")})
 
 
 def _is_device(path: str) -> bool:

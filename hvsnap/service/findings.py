@@ -217,13 +217,12 @@ def broker(url: str, problem: str) -> Finding:
     )
 
 
-def operations(open_now: list[Operation], active: int) -> Finding:
-    """Judge the journal: entries that nobody works on need a recovery."""
-    left = len(open_now) - active
-    if left <= 0:
-        evidence = f"{len(open_now)} entries are open, all of them being worked on" if open_now else "no entry is open"
+def operations(left: list[Operation], open_now: int) -> Finding:
+    """Judge the journal: of so many open entries, those that nobody works on need a recovery."""
+    if not left:
+        evidence = f"{open_now} entries are open, all of them being worked on" if open_now else "no entry is open"
         return Finding(severity=Severity.OK, check="journal", what="the journal is clean", evidence=evidence, remedy="")
-    shown = ", ".join(f"{one.kind} {one.id} at {one.step!r}" for one in open_now[:5])
+    shown = ", ".join(f"{one.kind} {one.id} at {one.step!r}" for one in left[:5])
     return Finding(
         severity=Severity.WARNING,
         check="journal",

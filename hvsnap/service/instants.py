@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from typing import Protocol
 
 from hvsnap import wire
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import BadRequest, Busy, HvsnapError
 from hvsnap.model import Operation, OperationId, Progress, SnapshotId
-from hvsnap.restore.disk import Attachment, Order, Plan
-from hvsnap.restore.instant import KIND
+from hvsnap.restore.disk import Order, Plan
+from hvsnap.restore.instant import KIND, Awaited
 from hvsnap.restore.target import Manner
 from hvsnap.service.attaching import Attaching
 from hvsnap.service.tasks import TaskRun, Tasks, TaskView
@@ -35,6 +35,10 @@ class Filler(Protocol):
 
     async def settle(self, operation: Operation) -> bool:
         """Settle what needs no serving; True if nothing is left to do."""
+        ...
+
+    async def serve(self, operation: Operation) -> None:
+        """Let what a disk is made of be served (again)."""
         ...
 
     async def fill(
@@ -64,11 +68,21 @@ class Instants:
         self._at_work: set[str] = set()
         self._waiting: set[asyncio.Task[None]] = set()
         self._turn = asyncio.Lock()
-        self.serving = False
-        """Whether this is a daemon, which serves: `hvsnap recover` without one does not."""
+        self._serving = False
+
+    def start_serving(self) -> None:
+        """Take note that this is a daemon, which serves what disks are made of: `recover` without one does not."""
+        self._serving = self._attaching.serving = True
+
+    def at_work(self) -> set[str]:
+        """Return the paths of the disks that are being made or filled."""
+        return set(self._at_work)
 
     async def create(self, order: Order, plan: Plan) -> TaskView:
-        """Make a disk that can be used on return, and start to fill it. Nothing was touched if this raises."""
+        """Make a disk that can be used on return, and start to fill it; with ``attach`` its guest has it on return.
+
+        Nothing was touched if this raises, but for :class:`Failed` of attaching: the disk stays, and is filled.
+        """
         check(order, plan)
         async with self._turn:
             open_now = await self._catalog.operations(KIND)
@@ -80,13 +94,18 @@ class Instants:
                 with self._uses.hold_snapshot(plan.snapshot.id, f"being given as {plan.path}"):
                     with self._uses.hold_path(plan.path, "being made"):
                         operation, attaching = await self._filler.make(order, plan)
-                    return self._start(operation, attaching, order.attach)
+                    attached: list[str] = []
+                    view = self._start(operation, attached)
             except BaseException:
                 self._at_work.discard(plan.path)
                 raise
+        if attaching is not None and order.attach is not None:
+            disk = await self._attaching.attach(attaching, plan.path, order.attach)
+            attached.append(f"{disk.guest_name}/{disk.target}")
+        return view
 
     async def recover(self, only: Container[OperationId] | None = None) -> list[tuple[Operation, HvsnapError | None]]:
-        """Settle what has ended, and begin to fill what nobody fills; without serving that stays open."""
+        """Settle what has ended, and begin to fill what nobody fills; without serving that waits for the daemon."""
         outcome: list[tuple[Operation, HvsnapError | None]] = []
         async with self._turn:
             for operation in await self._catalog.operations(KIND):
@@ -96,30 +115,27 @@ class Instants:
                 try:
                     if await self._filler.settle(operation):
                         outcome.append((operation, None))
-                    elif self.serving:
+                    elif self._serving:
                         self._at_work.add(path)
+                        # Before anything else is settled: a disk cannot be attached whose source is not there.
+                        await self._filler.serve(operation)
                         self._start(await self._catalog.operation(operation.id))
                     else:
-                        why = Busy(f"{path} is not whole yet", hint="the daemon fills it; start it")
+                        why = Awaited(f"{path} is not whole yet: the daemon fills it once it runs")
                         outcome.append((operation, why))
                 except HvsnapError as error:
                     self._at_work.discard(path)
                     outcome.append((operation, error))
         return outcome
 
-    def _start(
-        self, operation: Operation, attaching: OperationId | None = None, where: Attachment | None = None
-    ) -> TaskView:
+    def _start(self, operation: Operation, attached: Sequence[str] = ()) -> TaskView:
+        """Start to fill a disk; ``attached`` names it in its guest, by the end of that."""
         path, snapshot = str(operation.facts["target"]), SnapshotId(str(operation.facts["snapshot"]))
 
         async def work(run: TaskRun) -> wire.DiskCreated:
             run.final("the disk is there and in use: it is filled to its end, unless it is removed")
             use = f"what {path} is being filled from"
             with self._uses.hold_snapshot(snapshot, use), self._uses.hold_path(path, "being filled"):
-                attached = None
-                if attaching is not None and where is not None:
-                    run.step("attaching the disk")
-                    attached = await self._attach(attaching, path, where)
                 size_bytes = await self._filler.fill(operation.id, run.step, run.progress)
             return wire.DiskCreated(
                 snapshot=snapshot,
@@ -128,7 +144,7 @@ class Instants:
                 format="qcow2",
                 size_bytes=size_bytes,
                 written_bytes=size_bytes,
-                attached=attached,
+                attached=next(iter(attached), None),
                 disk=None,
             )
 
@@ -145,12 +161,3 @@ class Instants:
             await self._tasks.wait(task)
         finally:
             self._at_work.discard(path)
-
-    async def _attach(self, attaching: OperationId, path: str, where: Attachment) -> str | None:
-        """Attach the disk; that it is not attached does not keep it from being filled."""
-        try:
-            disk = await self._attaching.attach(attaching, path, where)
-        except HvsnapError as error:
-            log.warning("%s", error.message)
-            return None
-        return f"{disk.guest_name}/{disk.target}"

@@ -198,8 +198,10 @@ class Recovery:
         return wire.Recovery(operations=found)
 
     async def _told(self, operation: Operation, error: HvsnapError | None) -> wire.RecoveredOperation:
-        outcome: Literal["finished", "undone", "still-open"]
-        if error is not None:
+        outcome: Literal["finished", "undone", "waiting", "still-open"]
+        if isinstance(error, instant.Awaited):
+            outcome, detail = "waiting", error.message
+        elif error is not None:
             outcome = "still-open"
             detail = f"{error.message}; {error.hint}" if error.hint else error.message
         elif operation.kind == KIND:

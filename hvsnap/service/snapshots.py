@@ -15,6 +15,7 @@ from hvsnap.model import Disk, Operation, Snapshot, SnapshotId, State
 from hvsnap.ports import Clock
 from hvsnap.restore import instant, rollback
 from hvsnap.service import views
+from hvsnap.service.descendants import disks_made_of
 from hvsnap.service.freeing import plan_deletion
 from hvsnap.service.inventory import Inventory
 from hvsnap.service.names import check_description, check_name, check_tags
@@ -125,9 +126,10 @@ class Snapshots:
         with self._uses.hold_for_deletion(wanted):
             await self._check_unused(wanted)
             plan = await plan_deletion(self._catalog, wanted)
+            made = await disks_made_of(self._catalog, wanted)
             if not dry_run:
                 await self._delete(rows, told_as)
-        freed = [wire.Freed(id=name, freed_bytes=plan.alone[name]) for name in wanted]
+        freed = [wire.Freed(id=name, freed_bytes=plan.alone[name], disks=made.get(name, [])) for name in wanted]
         return wire.Deletion(dry_run=dry_run, snapshots=freed, freed_bytes=plan.together)
 
     async def lock(self, snapshot_id: str, until: float) -> wire.Snapshot:

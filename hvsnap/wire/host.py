@@ -43,7 +43,9 @@ class RecoveredOperation(Answer):
     kind: str
     guest: str
     step: str = Field(description="where the crash had left it")
-    outcome: Literal["finished", "undone", "still-open"]
+    outcome: Literal["finished", "undone", "waiting", "still-open"] = Field(
+        description="waiting: for the daemon, which goes on with it by itself"
+    )
     detail: str
 
 

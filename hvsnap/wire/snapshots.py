@@ -119,10 +119,14 @@ class SnapshotDelete(Request):
 
 
 class Freed(Answer):
-    """What deleting this one alone would free."""
+    """What deleting this one alone would free, and what else it means."""
 
     id: str
     freed_bytes: int
+    disks: list[str] = Field(
+        default=[],
+        description="made of it, and no longer to be re-initialised without it: GUEST/TARGET, or the path of a disk",
+    )
 
 
 class Deletion(Answer):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
+import libvirt
 import pytest
 
 from hvsnap import wire
@@ -60,6 +63,16 @@ def nbdkits(daemon: DoctoredDaemon) -> list[int]:
     return host_pids("nbdkit", str(daemon.directory))
 
 
+def waiting(daemon: DoctoredDaemon) -> list[tuple[str, str]]:
+    """Recover without a daemon, which is no failure; return what became of what."""
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "hvsnap"), "--config", str(daemon.config), "--json", "recover"],
+        capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done
+    return [(one["kind"], one["outcome"]) for one in json.loads(done.stdout)["operations"]]
+
+
 def check_protected(daemon: DoctoredDaemon, snapshot: str, task: wire.Task) -> None:
     """Check that neither the snapshot nor the task can be taken away from a disk that is in use."""
     with daemon.client() as client:
@@ -77,6 +90,11 @@ def check_alone(daemon: DoctoredDaemon, path: Path) -> None:
     assert [one.name for one in path.parent.iterdir() if one.name.startswith(".new")] == []
 
 
+def check_clean(path: Path) -> None:
+    """Check that QEMU finds no fault in an image that nobody has open."""
+    subprocess.run(["qemu-img", "check", "-f", "qcow2", str(path)], check=True, capture_output=True)
+
+
 def test_s7_2_a_guest_uses_a_disk_that_is_not_filled_yet_while_the_daemon_is_killed(
     source: tuple[Guest, Bytes],
     make_daemon: Callable[..., DoctoredDaemon],
@@ -92,6 +110,9 @@ def test_s7_2_a_guest_uses_a_disk_that_is_not_filled_yet_while_the_daemon_is_kil
         assert (task.kind, task.state) == ("disk-create", "running")
         assert "backing-filename" in info(path)
         check_protected(daemon, snapshot.id, task)
+        with daemon.client() as client:
+            (journal,) = [one for one in client.get("/doctor", wire.DoctorReport).findings if one.check == "journal"]
+        assert journal.severity is wire.Severity.OK, journal  # it is at work, not interrupted
         # Nothing is filled yet: all that it reads comes from the store.
         user = make_guest([DiskSpec(path)], guest_image).start()
         lines += user.run("stress random /dev/vda 3 100 131072").splitlines()
@@ -121,6 +142,65 @@ def test_s7_2_a_guest_uses_a_disk_that_is_not_filled_yet_while_the_daemon_is_kil
         client.post("/snapshots/delete", wire.Deletion, wire.SnapshotDelete(ids=[snapshot.id]))
 
 
+def test_s7_2_attached_to_guests_running_or_off_while_what_serves_it_is_killed(
+    source: tuple[Guest, Bytes],
+    make_daemon: Callable[..., DoctoredDaemon],
+    make_guest: Callable[..., Guest],
+    guest_image: GuestImage,
+    workdir: Path,
+) -> None:
+    (guest, content), daemon = source, make_daemon()
+    (snapshot,) = daemon.snapshot(guest.name)
+    first = DiskSpec(make_image(workdir / "a.raw", "1M", "raw"), "raw", "scsi")
+    stops = DiskSpec(workdir / "b.qcow2", bus="scsi", driver="error_policy='stop' rerror_policy='stop'")
+    user = make_guest([first, stops], guest_image, agent=False)
+    off = make_guest([DiskSpec(make_image(workdir / "c.raw", "1M", "raw"), "raw", "scsi")])
+    paths = {"sdb": stops.path, "sdc": workdir / "d.qcow2"}
+    replicas = {target: Replica(content.copy()) for target in paths}
+
+    def attached(to: Guest, path: Path) -> None:
+        body = wire.DiskCreate(
+            snapshot=snapshot.id, path=str(path), instant=True, attach=wire.Attach(guest=to.name, target="sdc")
+        )
+        with daemon.client() as client:
+            client.post("/disks", wire.Task, body)
+        # At once: the answer comes when it is attached.
+        assert str(path) in to.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+
+    def work(target: str, seed: int) -> None:
+        for line in user.run(f"stress random /dev/{target} {seed} 60 131072").splitlines():
+            replicas[target].apply(logged_operation(line))
+
+    with daemon.gate("fill"):
+        instant(daemon, snapshot.id, stops.path)
+        user.start()
+        attached(user, paths["sdc"])
+        attached(off, workdir / "e.qcow2")
+        wait_for(lambda: "sdc" in user.run("ls /dev"), "the disk in the guest")
+        assert user.run("sha256sum < /dev/sdc").split()[0] == hashlib.sha256(content).hexdigest()
+        work("sdc", 1)
+        daemon.kill()
+        # libvirt does not let QEMU wait: it sees an error, and has stopped when something serves again.
+        for pid in nbdkits(daemon):
+            os.kill(pid, signal.SIGKILL)
+        working = threading.Thread(target=work, args=("sdb", 2), name="stress")
+        working.start()
+        domain = user.domain()
+        wait_for(lambda: bool(domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED), "the guest's stop")
+    daemon.start()
+    working.join()
+    work("sdc", 3)
+    daemon.settled()
+    for path in (*paths.values(), workdir / "e.qcow2"):
+        check_alone(daemon, path)
+    user.run("sync")
+    user.destroy()
+    for target, path in paths.items():
+        check_clean(path)
+        replicas[target].check(converted(path, "qcow2", workdir), target)
+    check_same(converted(workdir / "e.qcow2", "qcow2", workdir), content, "the disk of the guest that is off")
+
+
 def test_s7_2_a_disk_that_nobody_opens_is_filled_all_the_same_and_one_written_to_keeps_that(
     source: tuple[Guest, Bytes], make_daemon: Callable[..., DoctoredDaemon], workdir: Path
 ) -> None:
@@ -134,10 +214,12 @@ def test_s7_2_a_disk_that_nobody_opens_is_filled_all_the_same_and_one_written_to
     with daemon.gate("fill"):
         instant(daemon, snapshot.id, path)
         daemon.kill()
+    assert waiting(daemon) == [("disk-instant", "waiting")]
     wait_for(lambda: len(nbdkits(daemon)) == 1, "the end of what was only served")  # with the daemon
     daemon.start()
     daemon.settled()
     check_alone(daemon, path)
+    check_clean(path)
     check_same(converted(path, "qcow2", workdir), content, "the untouched one")
 
     # Written to by somebody while no daemon runs, and closed again.
@@ -149,6 +231,7 @@ def test_s7_2_a_disk_that_nobody_opens_is_filled_all_the_same_and_one_written_to
     daemon.start()
     daemon.settled()
     check_alone(daemon, path)
+    check_clean(path)
     written = content.copy()
     written[65536 : 2 * 65536] = 7
     check_same(converted(path, "qcow2", workdir), written, "the one written to")

@@ -185,7 +185,7 @@ def test_f29_nothing_that_is_there_or_in_use_is_written_over(rig: Rig) -> None:
             break
     assert slotless.error is not None
     assert f"{target}.raw was made, but could not be attached as {target}: libvirt: " in slotless.error.message
-    assert slotless.error.hint.startswith("it is whole")
+    assert slotless.error.hint.startswith("it is there")
     check_same(load(directory / f"{target}.raw"), wanted(rig), "the disk that is not attached")
     assert attached(rig, target) == []
     rig.guest.destroy()

@@ -71,7 +71,7 @@ async def test_s7_1_a_disk_that_cannot_be_attached_stays_and_is_told_of(desk: De
     ran = await desk.hvsnap("disk-create", one, "/images/new", "--attach", "web01", "vdb")
     assert ran.status == 1
     assert "/images/new was made, but could not be attached as vdb: libvirt: No more" in ran.err
-    assert "it is whole" in ran.err
+    assert "it is there" in ran.err
     assert (await events(desk.house))[-1] == "disk.attach-failed"
     assert await desk.house.catalog.operations() == []
 

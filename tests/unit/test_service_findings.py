@@ -88,9 +88,9 @@ def test_a_broker_away_is_a_warning_and_none_at_all_is_not() -> None:
 def test_journal_entries_that_nobody_works_on_ask_for_a_recovery() -> None:
     entry = Operation(OperationId("o-1"), "capture", WEB, "reading", {}, 1.0)
     assert findings.operations([], 0).severity is Severity.OK
-    assert findings.operations([entry], 1).severity is Severity.OK
-    left = findings.operations([entry, entry], 1)
-    assert left.severity is Severity.WARNING
+    assert findings.operations([], 1).severity is Severity.OK
+    left = findings.operations([entry], 2)
+    assert (left.severity, left.evidence) == (Severity.WARNING, "capture o-1 at 'reading'")
     assert "hvsnap recover" in left.remedy
 
 

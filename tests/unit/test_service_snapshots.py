@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hvsnap.catalog.catalog import Catalog
+from hvsnap.cli.render import deletion
 from hvsnap.errors import (
     BadRequest,
     DiskUnknown,
@@ -17,7 +18,7 @@ from hvsnap.errors import (
     SnapshotUnknown,
 )
 from hvsnap.hypervisor.images import ImageInfo
-from hvsnap.model import Bitmap, Disk, GuestState, Progress, SnapshotId, State
+from hvsnap.model import Bitmap, Disk, DiskId, GuestState, Origin, Progress, SnapshotId, State
 from hvsnap.service.chains import Chains
 from hvsnap.service.guests import Guests, health
 from hvsnap.service.inventory import Inventory
@@ -145,6 +146,27 @@ async def test_a_deletion_is_done_as_told_with_an_event_each(house: House) -> No
         ("snapshot.deleted", two),
     ]
     assert events[0].payload["guest"] == "web01"
+
+
+async def test_s4_5_a_deletion_names_the_disks_that_cannot_be_reinitialised_without_it(
+    house: House, workdir: Path
+) -> None:
+    one, two = await house.chain(a_disk(), {0: {0: 1}}, {0: {0: 2}})
+    attached, alone, replaced, gone = (workdir / name for name in ("attached", "alone", "replaced", "gone"))
+    for path in (attached, alone, replaced):
+        path.touch()
+    inodes = {attached: attached.stat().st_ino, alone: alone.stat().st_ino, replaced: 7, gone: None}
+    async with house.catalog.write() as tx:
+        await tx.add_disk(replace(a_disk(), id=DiskId("d-made"), target="vdz", source=str(attached)))
+        for path, inode in inodes.items():
+            await tx.put_origin(Origin(str(path), inode, one, 1.0))
+        await tx.put_origin(Origin(str(workdir), None, two, 1.0))
+    for dry_run in (True, False):
+        done = await house.snapshots.delete([one], dry_run=dry_run)
+        assert [sorted(row.disks) for row in done.snapshots] == [[str(alone), "web01/vdz"]]
+        assert f"{alone} {'could' if dry_run else 'can'} no longer be re-initialised: it was made of {one}" in deletion(
+            done
+        )
 
 
 async def test_all_of_a_deletion_happens_or_nothing(house: House) -> None:
