@@ -56,6 +56,8 @@ class Requests:
         return {"tally": vars(tree.tally)}
 
     def _copy_one(self, tree: Tree, path: str, name: str) -> None:
+        if path.endswith("/"):  # a symbolic link is meant to be followed
+            path = self._files.real(path)
         kind = self._files.kind(path)
         if kind == "directory":
             with self._streamed(path, lambda to: self._files.guest.tar_out(path, to, numericowner=True)) as stream:

@@ -131,7 +131,7 @@ class GuestFiles:
     # -- files ------------------------------------------------------------------------------------
 
     def kind(self, path: str) -> str:
-        """Return what lies at a path: a kind of :data:`KINDS`. A symbolic link is followed only with a final slash."""
+        """Return what lies at a path, a symbolic link not being followed: a kind of :data:`KINDS`."""
         return KINDS.get(stat.S_IFMT(self._stat(path)["st_mode"]), "unknown")
 
     def real(self, path: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from tests.guest.libvirtd import wait_for
 
 PART_MIB = 24
 DISK_MIB = 5 * PART_MIB + 2
+LUKS_UUID = b"6d1f3f5c-2f0e-4f52-9f43-1c7a5f0f5b3e"
 QCOW2_MAGIC = b"QFI\xfb"
 
 
@@ -58,7 +60,6 @@ def made(directory: Path) -> Path:
     for part in parts:
         part.touch()
         os.truncate(part, PART_MIB << 20)
-    locked = ["--object", "secret,id=key,data=theirs", "-o", "key-secret=key,iter-time=10", str(parts[4]), "1M"]
     table = "label: gpt\n" + f"size={PART_MIB}MiB\n" * len(parts)
     disk = directory / "disk.raw"
     disk.touch()
@@ -69,10 +70,13 @@ def made(directory: Path) -> Path:
         ["/sbin/mkfs.vfat", "-n", "BOOT", str(parts[1])],
         ["mcopy", "-i", str(parts[1]), str(root / "etc" / "fstab"), "::kernel"],
         ["/sbin/mkswap", "-q", str(parts[2])],
-        ["qemu-img", "create", "-q", "-f", "luks", *locked],
         ["/sbin/sfdisk", "-q", str(disk)],
     ):
         subprocess.run(argv, check=True, input=table, text=True, capture_output=True)
+    with parts[4].open("r+b") as out:
+        # The header of LUKS 1: magic, version, cipher, mode, hash, the numbers of a key, UUID.
+        words = (b"LUKS\xba\xbe", 1, b"aes", b"xts-plain64", b"sha256", 4096, 64, bytes(52), 1000, LUKS_UUID)
+        out.write(struct.pack(">6sH32s32s32sII52sI40s", *words))
     with disk.open("r+b") as out:
         for number, part in enumerate(parts):
             out.seek((1 + number * PART_MIB) << 20)
@@ -155,10 +159,8 @@ def test_one_that_is_wanted_is_opened_alone(disk: Disk) -> None:
 def test_copies_follow_no_link_and_leave_devices(disk: Disk, tmp_path: Path) -> None:
     sources = [("/srv", "0"), ("/srv/link", "1"), ("/srv/dir/", "2"), ("/boot/kernel", "3")]
     answer, _told = disk.ask(do="copy", into=str(tmp_path), sources=sources)
-    assert answer["tally"]["skipped"] == [
-        ("/srv/null", "character device"),
-        ("/srv/pipe", "fifo"),
-    ]
+    skipped = sorted(answer["tally"]["skipped"])
+    assert skipped == [("/srv/null", "character device"), ("/srv/pipe", "fifo")]
     assert os.readlink(tmp_path / "1") == "/etc/fstab"
     assert os.readlink(tmp_path / "0" / "up") == "../../../../../../etc/os-release"
     assert (tmp_path / "2" / "fstab").read_text().startswith("/dev/sda1")
