@@ -51,8 +51,10 @@ def _make_overlay(uri: str, overlay: Path) -> None:
     except FileNotFoundError as error:
         raise Failed("qemu-img is not installed", hint="install it: apt-get install qemu-utils") from error
     if done.returncode:
-        why = done.stderr.strip().rpartition("\n")[2]
-        hint = "use sudo, or join the group that the daemon's socket belongs to" if "Permission" in why else ""
+        why = done.stderr.strip().partition("\n")[0].removeprefix(f"qemu-img: {overlay}: ")
+        hint = "is it still served? `hvsnap snapshot-serve` lists what is"
+        if "Permission" in why:
+            hint = "use sudo, or join the group that the daemon's socket belongs to"
         raise Failed(f"the snapshot cannot be opened where it is served: {why}", hint=hint)
 
 
