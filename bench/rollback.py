@@ -7,6 +7,7 @@ the daemon and the programs that it ran (``/proc/PID/io``), beside what hvsnap s
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -54,13 +55,13 @@ class Rolling:
             with stage(self.disk.path) as one:
                 made = self._snapshot(one)
                 before = self._plain(one, "before.raw")
-                restore_s = self._restore(one, made)
+                restore = self._restore(one, made)
                 for name, safety, lose in (
                     ("bitmap", False, False),
                     ("safety snapshot", True, False),
                     ("no bitmap", False, True),
                 ):
-                    self._roll(one, name, made, before, number, restore_s, safety=safety, lose=lose)
+                    self._roll(one, name, made, before, number, restore, safety=safety, lose=lose)
 
     def summary(self) -> dict[str, float]:
         """Return the medians."""
@@ -81,14 +82,18 @@ class Rolling:
         run(["qemu-img", "convert", "-U", "-f", "qcow2", "-O", "raw", str(one.disk), str(path)])
         return path
 
-    def _restore(self, one: Stage, made: str) -> float:
+    def _restore(self, one: Stage, made: str) -> tuple[float, float]:
+        """Restore the whole disk; return the seconds by the clock and of the processors."""
         target = one.directory / "restored.qcow2"
         settle_disk()
+        cpu_s = processor_s(one.daemon.pid)
         with clock() as took:
             one.hvsnap("disk-create", made, str(target))
+        cpu_s = processor_s(one.daemon.pid) - cpu_s
         target.unlink()
         self._note("whole restore s", took[0])
-        return took[0]
+        self._note("whole restore, processor s", cpu_s)
+        return took[0], cpu_s
 
     def _change(self, one: Stage, seed: int, *, lose: bool) -> None:
         """Let the guest's device write to places all over the disk, and end the guest: in good order, or not."""
@@ -114,15 +119,24 @@ class Rolling:
             one.guest.destroy()
 
     def _roll(
-        self, one: Stage, name: str, made: str, before: Path, number: int, restore_s: float, *, safety: bool, lose: bool
+        self,
+        one: Stage,
+        name: str,
+        made: str,
+        before: Path,
+        number: int,
+        restore: tuple[float, float],
+        *,
+        safety: bool,
+        lose: bool,
     ) -> None:
         self._change(one, 100 * number + len(name), lose=lose)
         after = self._plain(one, "after.raw")
         wrong = difference(before, after)
         settle_disk()
-        io = written_bytes(one.daemon.pid)
+        io, cpu_s = written_bytes(one.daemon.pid), processor_s(one.daemon.pid)
         spent, done = self._timed(one, made, safety=safety)
-        io = written_bytes(one.daemon.pid) - io
+        io, cpu_s = written_bytes(one.daemon.pid) - io, processor_s(one.daemon.pid) - cpu_s
         run(["qemu-img", "compare", "-f", "qcow2", "-F", "raw", str(one.disk), str(before)])
         after.unlink()
         own_s = sum(seconds for step, seconds in spent.items() if "safety" not in step)
@@ -133,7 +147,8 @@ class Rolling:
         self._note(f"{name}: written or zeroed / blocks that differ", done.written_bytes / (wrong.blocks * BLOCK))
         if not safety:  # what that one writes is in the same account
             self._note(f"{name}: sent to storage / blocks that differ", io / (wrong.blocks * BLOCK))
-        self._note(f"{name}: rollback / whole restore", own_s / restore_s)
+            self._note(f"{name}: rollback / whole restore, processor time", cpu_s / restore[1])
+        self._note(f"{name}: rollback / whole restore", own_s / restore[0])
 
     def _timed(self, one: Stage, made: str, *, safety: bool) -> tuple[dict[str, float], wire.RolledBack]:
         """Roll back; return the seconds of each of its steps, and its answer."""
@@ -173,6 +188,12 @@ def difference(one: Path, other: Path) -> Difference:
             found += int(np.count_nonzero(wrong))
             blocks += int(np.count_nonzero(np.add.reduceat(wrong, np.arange(0, wrong.size, BLOCK), dtype=np.int64)))
     return Difference(found, blocks)
+
+
+def processor_s(pid: int) -> float:
+    """Return the processor time of a process and of those that it has run to their ends."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def written_bytes(pid: int) -> int:

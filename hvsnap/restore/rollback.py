@@ -191,9 +191,9 @@ class Rollback:
 
     async def _begin(self, disk: Disk, snapshot: Snapshot) -> Operation:
         """Open the journal's entry; the guest is barred already."""
-        inode = await asyncio.to_thread(_inode, disk.source)
+        file = await asyncio.to_thread(target.file_identity, disk.source)
         async with self._catalog.write() as tx:
-            facts = {"disk": disk.id, "snapshot": snapshot.id, "origin": snapshot.disk != disk.id, "inode": inode}
+            facts = {"disk": disk.id, "snapshot": snapshot.id, "origin": snapshot.disk != disk.id, "file": file}
             operation = await tx.open_operation(KIND, disk.guest_uuid, Step.WRITING, facts)
             await tx.emit(EventType.ROLLBACK_STARTED, disk_payload(disk) | {"snapshot": snapshot.id})
         return operation
@@ -248,10 +248,10 @@ class Rollback:
         views = () if guest is None else guest.disks
         if any(view.layers and view.top.path == disk.source for view in views) or (guest is not None and guest.active):
             return False
-        inode = operation.facts.get("inode")  # None: a device, or an entry of an earlier release
-        seen = await asyncio.to_thread(_inode, disk.source)
+        known = operation.facts.get("file")  # none for a device, nor in an entry of an earlier release
+        seen = await asyncio.to_thread(target.file_identity, disk.source)
         there = await asyncio.to_thread(os.path.exists, disk.source)
-        return not there or (isinstance(inode, int) and seen != inode)
+        return not there or (bool(known) and seen != known)
 
     async def _give_up(self, operation: Operation) -> None:
         disk = await self._catalog.disk(DiskId(str(operation.facts["disk"])))
@@ -356,11 +356,6 @@ def check_not_saved(guest: GuestView) -> None:
             f"guest {guest.name} is saved: its memory goes with its disks as they are now",
             hint="restore or start it, and shut it down",
         )
-
-
-def _inode(path: str) -> int | None:
-    """Return what tells an image's file from another one. Blocking."""
-    return target.inode_of(os.path.realpath(path))
 
 
 def _bitmap_name(operation: Operation) -> str:
