@@ -29,6 +29,12 @@ class Change:
     data_bytes: int
     stored_bytes: int
 
+    @classmethod
+    def since(cls, before: float | None, at: float, data_bytes: int, stored_bytes: int) -> Change:
+        """Return what changed up to ``at`` since ``before``, both in seconds since the epoch."""
+        hours = None if before is None else max(0.0, at - before) / 3600.0
+        return cls(at, hours, data_bytes, stored_bytes)
+
 
 @dataclass(frozen=True, slots=True)
 class Alarm:

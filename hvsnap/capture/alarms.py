@@ -39,8 +39,8 @@ class Alarms:
         """
         rows = [row for row in await self._catalog.snapshots(disk.id, State.ACCOMPLISHED) if row.id != snapshot.id]
         parent = next((row for row in rows if row.id == snapshot.parent), None)
-        hours = None if parent is None else max(0.0, snapshot.created_at - parent.created_at) / 3600.0
-        change = Change(snapshot.created_at, hours, data_bytes, snapshot.stored_bytes)
+        before = parent.created_at if parent is not None else None
+        change = Change.since(before, snapshot.created_at, data_bytes, snapshot.stored_bytes)
         alarm = judge(self._rules, await self._catalog.changes.of(disk.id), change)
         await tx.add_change(disk.id, change)
         if alarm is None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
+from hvsnap.alarm import Change
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.catalog.chain import Page
 from hvsnap.errors import Damaged, FormatUnknown, NotFound
@@ -86,6 +87,7 @@ class Rebuild:
         for one in self._found.values():
             await self._enter_pages(one)
         await self._enter_heads()
+        await self._enter_changes()
         await self._enter_images()
         try:
             await bring_back(self._catalog, self._store)
@@ -268,6 +270,16 @@ class Rebuild:
         async with self._catalog.write() as tx:
             for disk, snapshot in heads.items():
                 await tx.update_disk(disk, head=snapshot)
+
+    async def _enter_changes(self) -> None:
+        """Enter how much each disk has changed up to now, so that it is still known what is usual for it."""
+        async with self._catalog.write() as tx:
+            for one in sorted(self._found.values(), key=lambda one: one.head.snapshot.created_at):
+                snapshot = one.head.snapshot
+                parent = self._found.get(snapshot.parent) if snapshot.parent is not None else None
+                before = parent.head.snapshot.created_at if parent is not None else None
+                change = Change.since(before, snapshot.created_at, snapshot.changed_bytes, snapshot.stored_bytes)
+                await tx.add_change(one.name.disk, change)
 
     async def _enter_images(self) -> None:
         """Enter the images whose snapshots were found; of two with one name the later one gets its id behind it."""

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from hvsnap.errors import Damaged, HvsnapError
-from hvsnap.model import Snapshot, SnapshotId, State
+from hvsnap.model import DiskId, Snapshot, SnapshotId, State
 from hvsnap.upkeep.rebuild import Rebuild, Rebuilt
 from tests.property.test_store_history import (
     DISKS,
@@ -69,6 +69,16 @@ def rows(snapshots: list[Snapshot]) -> dict[SnapshotId, tuple[object, ...]]:
     }
 
 
+async def changes(house: House) -> dict[tuple[DiskId, float], tuple[float | None, int]]:
+    """Return what is known of each disk's past: hours since the snapshot before, bytes that changed."""
+    disks = await house.catalog.disks()
+    return {
+        (disk.id, one.at): (one.hours, one.data_bytes)
+        for disk in disks
+        for one in await house.catalog.changes.of(disk.id)
+    }
+
+
 async def run(sequence: list[Step]) -> None:
     directory = Path(tempfile.mkdtemp(prefix="hvsnap-rebuild-"))
     try:
@@ -85,6 +95,14 @@ async def run(sequence: list[Step]) -> None:
         assert rows(await house.catalog.snapshots()) == before
         assert {(one.name, one.size_bytes, one.live_bytes) for one in await house.catalog.upkeep.packs()} == packs
         assert (await live_bytes(house), await referred_bytes(house)) == figures
+        left = {one.id: one for one in await house.catalog.snapshots()}
+        assert await changes(house) == {
+            (one.disk, one.created_at): (
+                (one.created_at - left[one.parent].created_at) / 3600 if one.parent is not None else None,
+                one.changed_bytes,
+            )
+            for one in left.values()
+        }
         await history.disks.check(house)
         planned, _packs = await house.sweeper.plan()
         assert (planned.manifests, planned.dropped_blocks, planned.orphans) == (0, 0, 0)
