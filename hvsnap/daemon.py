@@ -15,15 +15,15 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 from hvsnap import __version__, wire
-from hvsnap.api import create_app
-from hvsnap.api_peers import Access, Doorkeeper
+from hvsnap.api.app import create_app
+from hvsnap.api.peers import Access, Doorkeeper
+from hvsnap.api.server import HttpServer, listen, listen_tcp
 from hvsnap.config import Settings
 from hvsnap.errors import Failed, HvsnapError
 from hvsnap.happenings import EventType
 from hvsnap.house import House, SystemClock, assembled
 from hvsnap.metrics import Metrics, Sources
 from hvsnap.reloading import Reloader
-from hvsnap.server import HttpServer, listen, listen_tcp
 from hvsnap.systemd import keep_alive, notify, set_up_logging
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from hvsnap.api_peers import Access, Doorkeeper
+from hvsnap.api.peers import Access, Doorkeeper
 from hvsnap.config import Settings
 from hvsnap.errors import HvsnapError
 

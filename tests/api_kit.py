@@ -11,8 +11,9 @@ from typing import Any
 
 import httpx
 
-from hvsnap.api import create_app
-from hvsnap.api_peers import Access, Doorkeeper
+from hvsnap.api.app import create_app
+from hvsnap.api.peers import Access, Doorkeeper
+from hvsnap.api.server import HttpServer, listen
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import HvsnapError, TargetExists
 from hvsnap.guard import StartGuard
@@ -27,7 +28,6 @@ from hvsnap.restore.rollback import RollbackPlan
 from hvsnap.restore.serve import Access as ServedTo
 from hvsnap.restore.serve import SnapshotServer, serve_directory
 from hvsnap.restore.target import Manner
-from hvsnap.server import HttpServer, listen
 from hvsnap.service.attaching import Attaching
 from hvsnap.service.chains import Chains
 from hvsnap.service.disks import Disks

@@ -33,7 +33,8 @@ from schemathesis.specs.openapi.checks import (
 from urllib3.connection import HTTPConnection
 from urllib3.connectionpool import HTTPConnectionPool
 
-from hvsnap import openapi, wire
+from hvsnap import wire
+from hvsnap.api import openapi
 from tests import unprivileged_daemon
 from tests.conftest import short_directory
 from tests.daemon_kit import Daemon

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from hvsnap import wire
-from hvsnap.api import create_app
-from hvsnap.api_peers import Access, Peer, Right, peer_of
+from hvsnap.api.app import create_app
+from hvsnap.api.peers import Access, Peer, Right, peer_of
 from hvsnap.config import Api
 from hvsnap.errors import ConfigInvalid
 from tests.api_kit import House, a_house, served

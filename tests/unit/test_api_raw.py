@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from hvsnap import api_limits, server
+from hvsnap.api import limits, server
 from tests.api_kit import a_house, served
 
 CREATE = b"POST /v1/snapshots HTTP/1.1\r\nHost: hvsnap\r\nContent-Type: application/json\r\n"
@@ -109,7 +109,7 @@ async def test_slow_clients_are_given_up_and_nobody_waits_for_them(
     door: tuple[Path, httpx.AsyncClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, client = door
-    monkeypatch.setattr(api_limits, "BODY_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(limits, "BODY_TIMEOUT_S", 0.5)
     monkeypatch.setattr(server, "REQUEST_TIMEOUT_S", 0.5)
     slow = [
         answer(path, CREATE + b"Content-Length: 900\r\n\r\n", *[b"x"] * 50, pause_s=0.1),

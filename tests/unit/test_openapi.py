@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from hvsnap import openapi, wire
+from hvsnap import wire
+from hvsnap.api import openapi
 
 DOCS = Path(__file__).parents[2] / "docs"
 DOCUMENT = openapi.document()
@@ -24,7 +25,7 @@ def calls() -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 def test_the_document_is_up_to_date() -> None:
     for path, text in openapi.files().items():
-        assert (DOCS / path).read_text() == text, "run: python -m hvsnap.openapi docs"
+        assert (DOCS / path).read_text() == text, "run: python -m hvsnap.api.openapi docs"
 
 
 def test_the_table_of_the_wire_lists_every_call_and_no_other() -> None:

@@ -16,7 +16,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from hvsnap.api_peers import STATE, peer_of
+from hvsnap.api.peers import STATE, peer_of
 from hvsnap.errors import ConfigInvalid, Failed, StoreBusy
 
 BACKLOG = 128

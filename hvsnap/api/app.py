@@ -13,10 +13,11 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from hvsnap import api_storage, wire
-from hvsnap.api_limits import Guard
-from hvsnap.api_peers import Doorkeeper, PeerCheck
-from hvsnap.api_reading import Reading
+from hvsnap import wire
+from hvsnap.api import storage
+from hvsnap.api.limits import Guard
+from hvsnap.api.peers import Doorkeeper, PeerCheck
+from hvsnap.api.reading import Reading
 from hvsnap.errors import BadRequest, HvsnapError, NotFound
 from hvsnap.model import Event, Progress, State
 from hvsnap.service import views
@@ -57,8 +58,8 @@ def create_app(service: Service, doorkeeper: Doorkeeper | None = None, *, read_o
     app.include_router(_policies(service), prefix=wire.API, tags=["policies"])
     app.include_router(_disks(service), prefix=wire.API, tags=["disks"])
     app.include_router(_tasks(service), prefix=wire.API, tags=["disks"])
-    app.include_router(api_storage.images(service), prefix=wire.API, tags=["images"])
-    app.include_router(api_storage.store(service), prefix=wire.API, tags=["store"])
+    app.include_router(storage.images(service), prefix=wire.API, tags=["images"])
+    app.include_router(storage.store(service), prefix=wire.API, tags=["store"])
     app.include_router(_daemon(service), prefix=wire.API, tags=["daemon"])
     app.add_exception_handler(HvsnapError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)

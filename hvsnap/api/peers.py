@@ -29,7 +29,7 @@ GROUPS_BYTES_MAX = 1024
 """The longest answer that Python's getsockopt takes: 256 groups. Of somebody with more only the primary one counts."""
 
 STATE = "peer"
-"""Where :mod:`hvsnap.server` leaves the peer for the application: in the connection's ASGI ``state``."""
+"""Where :mod:`hvsnap.api.server` leaves the peer for the application: in the connection's ASGI ``state``."""
 
 READING = {"GET", "HEAD", "OPTIONS"}
 """Verbs that change nothing. No answer to one of them holds what is on a disk."""

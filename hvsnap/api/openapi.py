@@ -1,6 +1,6 @@
 """The machine-readable form of the API, made from the routes themselves.
 
-``python -m hvsnap.openapi docs`` writes ``docs/openapi.json`` (OpenAPI 3.1), which the daemon also hands out at
+``python -m hvsnap.api.openapi docs`` writes ``docs/openapi.json`` (OpenAPI 3.1), which the daemon also hands out at
 ``/openapi.json``. A test fails when it is not up to date.
 """
 
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
-from hvsnap.api import create_app
+from hvsnap.api.app import create_app
 from hvsnap.service.service import Service
 
 

@@ -1,4 +1,4 @@
-"""The API's routes of images and the store: the rest of :mod:`hvsnap.api`."""
+"""The API's routes of images and the store, beside those of :mod:`hvsnap.api.app`."""
 
 from __future__ import annotations
 
