@@ -77,6 +77,10 @@ def _launched(overlay: Path, scratch: Path, *, tcg: bool) -> Any:
         if tcg:
             handle.set_backend_setting("force_tcg", "1")
         handle.set_tmpdir(str(scratch))
+        # QEMU opens the appliance over a file of its own and removes its name at once; killed in between, it leaves it
+        # to us. What the library caches for later commands stays where it was.
+        os.environ.setdefault("LIBGUESTFS_CACHEDIR", handle.get_cachedir())
+        os.environ["TMPDIR"] = str(scratch)
         handle.set_autosync(False)
         # Nothing of it is kept, so nothing needs to be written out.
         handle.add_drive_opts(str(overlay), format="qcow2", cachemode="unsafe")

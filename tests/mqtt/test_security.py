@@ -270,7 +270,7 @@ async def test_settings_that_cannot_be_right_are_refused_at_the_start(
 
 def _documented(beginning: str) -> str:
     """Return the block of docs/mqtt.md that begins so."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```$", (DOCS / "mqtt.md").read_text(), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```[\w-]*\n(.*?)^```$", (DOCS / "mqtt.md").read_text(), re.DOTALL | re.MULTILINE)
     (block,) = [block for block in blocks if block.startswith(beginning)]
     return str(block)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from hvsnap import config, wire
-from hvsnap.cli import manual
 from hvsnap.cli.installing import UNITS
 from tests.cli_kit import HVSNAP, in_process
 
@@ -47,7 +46,7 @@ def test_nothing_is_written_by_a_dry_run_and_all_of_it_by_a_real_one(tmp_path: P
     assert done.files == planned.files
     assert {file.action for file in done.files} == {"create"}
     assert sorted(file.path for file in done.files) == sorted(str(p) for p in tmp_path.rglob("*") if p.is_file())
-    assert len(done.files) == len(list(UNITS.iterdir())) + len(manual.files())
+    assert len(done.files) == len(list(UNITS.iterdir()))
 
 
 def test_an_upgrade_replaces_the_units_and_keeps_the_configuration(root: Path) -> None:
