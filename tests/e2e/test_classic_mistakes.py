@@ -257,7 +257,7 @@ def test_guest_killed_leaves_an_inconsistent_bitmap_and_a_rescan(make_rig: Calla
 def captured_offline(rig: Rig, disk: TestDisk, method: str) -> None:
     """Capture a disk that somebody changed (the replica knows how), once offline, and once after the guest's start."""
     (made,) = rig.capture([disk])
-    assert made.method == method
+    assert made.method == method, made.reason
     rig.guest.start()
     rig.do(disk, write(33 * BLOCK, 10, 9))
     (again,) = rig.capture([disk])
