@@ -244,7 +244,9 @@ def choose(kinds: dict[str, str], wanted: str) -> str:
         why = f"was encrypted by the guest ({kinds[device]}), and only the guest has the key"
         raise Refused(f"{device} {why}", hint=hint)
     if not wanted:
-        raise Refused("the snapshot holds no file system that can be read", hint="`hvsnap snapshot-serve` shows the bare disk")
+        raise Refused(
+            "the snapshot holds no file system that can be read", hint="`hvsnap snapshot-serve` shows the bare disk"
+        )
     if wanted in kinds:
         raise BadRequest(f"{wanted} holds no files ({kinds[wanted]})", hint=_hint(choices))
     raise NotFound(f"there is no file system {wanted} in it", hint=_hint(choices))
