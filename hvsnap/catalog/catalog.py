@@ -88,6 +88,8 @@ class Catalog:
             for rows_of in (catalog.snapshots, catalog.operations, catalog.policies):
                 await rows_of()  # or they are damaged
             await catalog.disks(include_released=True)
+            for row in await database.read("SELECT key, value FROM meta"):
+                rows.check_meta(row)
             with contextlib.suppress(NoSpace):  # at a later start, then
                 await sums.complete(database)
         except BaseException as error:

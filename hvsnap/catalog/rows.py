@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -72,6 +73,19 @@ def or_damaged(convert: Callable[[Row], T]) -> Callable[[Row], T]:
             raise CatalogFailed(what, hint="`hvsnap store-rebuild --force` makes a new catalog") from error
 
     return checked
+
+
+@or_damaged
+def check_meta(row: Row) -> None:
+    """Check that a single value is of its kind: a count, a time or an object. Raises :class:`CatalogFailed`."""
+    key, value = str(row[0]), str(row[1])
+    kind = key.partition("/")[0]
+    if kind in ("block_id_max", "sequence") and not (value.isascii() and value.isdecimal()):
+        raise ValueError(f"{value!r} is no number")
+    if kind in ("note", "schedule") and not math.isfinite(float(value)):
+        raise ValueError(f"{value!r} is no time")
+    if kind == "guest":
+        json.loads(value)
 
 
 def checked(row: Row) -> Row:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,20 @@ def _kvm_works() -> bool:
     return bool({"vmx", "svm"} & set(flags))
 
 
+@contextlib.contextmanager
+def _temporary_files_in(directory: Path) -> Iterator[None]:
+    """Let the programs that are started meanwhile have their temporary files in a directory."""
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = str(directory)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
+
+
 def _launched(overlay: Path, scratch: Path, *, tcg: bool) -> Any:
     import guestfs  # noqa: PLC0415 - the distribution's binding may be absent, and whoever starts us says so
 
@@ -77,14 +93,14 @@ def _launched(overlay: Path, scratch: Path, *, tcg: bool) -> Any:
         if tcg:
             handle.set_backend_setting("force_tcg", "1")
         handle.set_tmpdir(str(scratch))
-        # QEMU opens the appliance over a file of its own and removes its name at once; killed in between, it leaves it
-        # to us. What the library caches for later commands stays where it was.
-        os.environ.setdefault("LIBGUESTFS_CACHEDIR", handle.get_cachedir())
-        os.environ["TMPDIR"] = str(scratch)
+        handle.set_cachedir(handle.get_cachedir())  # it is for later commands, too: it stays where it was
         handle.set_autosync(False)
         # Nothing of it is kept, so nothing needs to be written out.
         handle.add_drive_opts(str(overlay), format="qcow2", cachemode="unsafe")
-        handle.launch()
+        # QEMU opens the appliance over a file of its own and removes its name at once; killed in between, it leaves it
+        # to us.
+        with _temporary_files_in(scratch):
+            handle.launch()
     except BaseException:
         handle.close()
         raise

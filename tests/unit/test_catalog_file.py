@@ -186,6 +186,27 @@ async def test_damage_in_a_table_is_found_at_the_start_after_a_crash(tmp_path: P
     assert "damaged" in (await refused(tmp_path)).message
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("block_id_max", "3\x13"),
+        ("block_id_max", "-1"),
+        ("sequence/d-aaaaaaaaaaaa", ""),
+        ("note/swept", "nan"),
+        ("schedule/checked", "1.5x"),
+        ("guest/web01", '{"a":'),
+    ],
+)
+async def test_a_single_value_that_was_never_written_so_is_refused(tmp_path: Path, key: str, value: str) -> None:
+    """FAULTS 14."""
+    await (await Catalog.open(tmp_path, StoppedClock())).close()
+    with closing(sqlite3.connect(tmp_path / "catalog.db")) as connection, connection:
+        connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+    with pytest.raises(CatalogFailed, match=key) as refused:
+        await Catalog.open(tmp_path, StoppedClock())
+    assert "store-rebuild" in refused.value.hint
+
+
 async def test_a_damaged_page_is_never_handed_out(tmp_path: Path) -> None:
     catalog = await open_catalog(tmp_path)
     (snapshot,) = await add_chain(catalog, a_disk(), {0: {1: 1, 9: 4}})
