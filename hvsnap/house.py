@@ -275,7 +275,7 @@ async def _furnish(
             settings.host_id, hypervisor, catalog, captures, tasks, mqtt_status, clock, housekeeping.sampler
         ),
         feed=feed,
-        hooks=Hooks(Path(settings.state_dir), attendance.wake, held_back.refused),
+        hooks=Hooks(Path(settings.state_dir), attendance.wake, held_back.refused, captures.guest_starts),
         serving=Serving(catalog, snapshots, uses, server, clock, _served_to(settings)),
     )
     return House(

@@ -282,7 +282,7 @@ def _daemon(service: Service) -> APIRouter:
 
     @router.post("/hooks", status_code=202)
     async def take_hook(body: wire.HookCall) -> wire.HookTaken:
-        return await service.hooks.receive(body)
+        return await service.hooks.answer(body)
 
     @router.get("/events", response_class=StreamingResponse, responses={200: {"content": EVENT_STREAM}})
     async def follow_events(

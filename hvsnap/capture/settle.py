@@ -17,6 +17,7 @@ from hvsnap.capture import fleece
 from hvsnap.capture.facts import KIND, CapturedDisk, CaptureFacts, Mode, Step
 from hvsnap.capture.freeze import Freezer
 from hvsnap.capture.merge import POLL_S_FIRST, POLL_S_MAX, Action, Merge, attached
+from hvsnap.capture.offline import OfflineWork
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import Busy, Failed, HvsnapError, HypervisorUnreachable, NotFound
 from hvsnap.guard import OVERLAY, StartGuard
@@ -35,6 +36,8 @@ RETRY_S = 1.0
 BEFORE_THE_MERGE = {Action.START_COMMIT, Action.WAIT}
 """What is done while only the overlay is the newest: a guest that was started from the image would lose that."""
 
+WITHOUT_A_GUEST = {Action.COMMIT_OFFLINE, Action.FINISH_PIVOT}
+
 _NOT_SWITCHED = (Step.BITMAPS, Step.OVERLAYS, Step.FREEZING)
 """Steps before a guest can have been switched to an overlay."""
 
@@ -48,6 +51,7 @@ class Settle:
         self._catalog = catalog
         self._guard = guard
         self._merge = Merge(hypervisor)
+        self.offline = OfflineWork()
 
     async def settle(self, operation: Operation, error: str = "interrupted") -> None:
         """Bring one capture to its end. ``error`` is the reason put on its snapshots that are not accomplished.
@@ -143,7 +147,8 @@ class Settle:
                 elif action is Action.START_COMMIT:
                     commits += 1
                     await self._check_commits(commits, disk)
-                await self._merge.act(action, operation.guest_uuid, disk)
+                with self._at_work(action, operation.guest_uuid):
+                    await self._merge.act(action, operation.guest_uuid, disk)
             except (Busy, HypervisorUnreachable):
                 raise
             except HvsnapError as error:
@@ -157,6 +162,9 @@ class Settle:
             if action is Action.WAIT:
                 await asyncio.sleep(pause_s)
                 pause_s = min(POLL_S_MAX, pause_s * 1.5)
+
+    def _at_work(self, action: Action, guest: GuestUuid) -> contextlib.AbstractContextManager[None]:
+        return self.offline.on(guest) if action in WITHOUT_A_GUEST else contextlib.nullcontext()
 
     async def _check_commits(self, number: int, disk: CapturedDisk) -> None:
         """A commit that has to be started anew has ended by itself: the guest died, or a device is full."""
@@ -203,7 +211,8 @@ class Settle:
                     return  # the image was deleted, and its bitmaps with it
                 if (await images.image_info(disk.base, disk.base_format)).bitmap(name) is not None:
                     key = await self._hypervisor.passphrase(disk.secret)
-                    await images.bitmap_remove(disk.base, name, key=key)
+                    with self.offline.on(uuid):
+                        await images.bitmap_remove(disk.base, name, key=key)
                 return
             except HypervisorUnreachable:
                 raise

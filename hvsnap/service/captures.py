@@ -22,6 +22,7 @@ from hvsnap.model import (
     Disk,
     DiskId,
     GroupId,
+    GuestUuid,
     Kind,
     Method,
     Operation,
@@ -223,6 +224,10 @@ class Captures:
                 if not run.settling:
                     self._cancel(run)
         await self.settled(disks)
+
+    async def guest_starts(self, guest: GuestUuid, timeout_s: float) -> None:
+        """Wait for what keeps a guest from starting for a moment: the merge of an overlay, the removal of a bitmap."""
+        await self._settle.offline.ended(guest, timeout_s)
 
     async def thaw_loop(self) -> None:
         """Thaw guests whose agents did not confirm it, as soon as they do."""

@@ -10,17 +10,22 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from hvsnap.model import GuestUuid
 from hvsnap.wire import HookCall, HookTaken
 
 log = logging.getLogger(__name__)
 
 SPOOL_LOOK_S = 30.0
+START_WAIT_S = 0.25
+"""How long a guest's start is kept waiting for work on its images; the hook itself waits for 0.35 s."""
+
 SPOOL = ("spool", "hooks")
 HUNG = ".hung"
 """The hook's note that we did not answer: it does not wait for us as long as that is new."""
@@ -36,26 +41,45 @@ OPERATIONS = CHANGES | {"prepare", "start"}
 
 OTHER = "other"
 
+_UUID = re.compile(r"<uuid>\s*([0-9A-Fa-f-]{36})\s*</uuid>")
+
 
 class Hooks:
-    """Takes the hook's calls; ``wake`` has the guests looked at, ``refused`` is told who was kept from starting."""
+    """Takes the hook's calls.
+
+    ``wake`` has the guests looked at, ``refused`` is told who was kept from starting, and ``starts`` whose QEMU comes
+    next: it returns when nothing stands in its way any more, or after the seconds it is given.
+    """
 
     def __init__(
-        self, state_dir: Path, wake: Callable[[], None], refused: Callable[[str], Awaitable[None]] | None = None
+        self,
+        state_dir: Path,
+        wake: Callable[[], None],
+        refused: Callable[[str], Awaitable[None]] | None = None,
+        starts: Callable[[GuestUuid, float], Awaitable[None]] | None = None,
     ) -> None:
         self._spool = state_dir.joinpath(*SPOOL)
         self._wake = wake
         self._refused = refused
+        self._starts = starts
         self._seen: OrderedDict[str, None] = OrderedDict()
         self.calls: Counter[str] = Counter()
         self.refused = 0
         self.spooled = 0
 
     async def receive(self, call: HookCall) -> HookTaken:
-        """Take one call, and remember durably who was refused."""
+        """Take one call, on whichever way it came, and remember durably who was refused."""
         if call.refused and self._refused is not None:
             await self._refused(call.guest)
         return self.take(call)
+
+    async def answer(self, call: HookCall) -> HookTaken:
+        """Take one call of a hook that waits for the answer: with it, the guest's start."""
+        taken = await self.receive(call)
+        found = _UUID.search(call.xml)
+        if call.operation == "prepare" and not call.refused and found is not None and self._starts is not None:
+            await self._starts(GuestUuid(found[1].lower()), START_WAIT_S)
+        return taken
 
     def take(self, call: HookCall) -> HookTaken:
         """Take one call. One that came before, on the other way, changes nothing."""

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from hvsnap.capture.offline import OfflineWork
+from hvsnap.model import GuestUuid
 from hvsnap.service.hooks import SEEN_MAX, Hooks
 from hvsnap.wire import HookCall
 from tests.api_kit import a_house, served
@@ -59,6 +61,42 @@ async def test_the_spool_is_taken_in_order_and_what_is_no_call_is_removed(hook: 
     assert list(spool.iterdir()) == []
     assert Path("/etc/passwd").exists()
     assert await one.read_spool() == 0
+
+
+async def test_a_start_waits_for_work_on_its_images_and_no_other_call_does(workdir: Path) -> None:
+    starting: list[str] = []
+    came, let_go = asyncio.Event(), asyncio.Event()
+
+    async def starts(guest: str, timeout_s: float) -> None:
+        assert 0 < timeout_s < 0.35, "the hook does not wait longer"
+        starting.append(guest)
+        came.set()
+        await let_go.wait()
+
+    uuid = "11111111-2222-3333-4444-555555555555"
+    one = Hooks(workdir, lambda: None, starts=starts)
+    xml = domain_xml("/a", uuid=uuid.upper())
+    for number, call in enumerate(
+        [a_call(0, "start", xml=xml), a_call(1, "prepare", xml=xml, refused=True), a_call(2, "prepare", xml="<uuid>")]
+    ):
+        assert not (await one.answer(call)).known, number
+    assert starting == []
+    answering = asyncio.create_task(one.answer(a_call(3, "prepare", xml=xml)))
+    await came.wait()
+    assert (starting, answering.done()) == ([uuid], False)
+    let_go.set()
+    await answering
+
+
+async def test_work_on_a_guests_images_is_waited_for_and_that_on_others_is_not() -> None:
+    work = OfflineWork()
+    with work.on(GuestUuid("a")), work.on(GuestUuid("b")):
+        waiting = asyncio.create_task(work.ended(GuestUuid("a"), 60))
+        await asyncio.sleep(0)
+        await work.ended(GuestUuid("a"), 0.001)
+        await work.ended(GuestUuid("c"), 60)
+        assert not waiting.done()
+    await waiting
 
 
 @pytest.fixture
