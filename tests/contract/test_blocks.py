@@ -287,8 +287,11 @@ async def test_few_packs_are_under_way_and_little_is_held_however_slow_the_devic
             done += 1
 
     task = asyncio.create_task(put_all())
+    async with asyncio.timeout(60):
+        while done < 8:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
     before = -1
-    while before != done:
+    while before != done:  # all the time it wants to go too far
         before = done
         await asyncio.sleep(0.2)
     assert 8 <= done <= 3 * 4, "three packs of four puts each, then it waits"

@@ -66,7 +66,7 @@ async def test_a_second_writer_is_refused_while_the_first_lives(objects: ObjectS
 async def test_a_dead_writers_lease_expires(objects: ObjectStore) -> None:
     dead = lease(objects, "a")
     await dead.acquire()
-    heir = lease(objects, "b")
+    heir = lease(objects, "b", ttl_s=30)
     await heir.acquire()
     assert heir.certain
     assert not dead.certain
@@ -156,7 +156,7 @@ async def test_a_released_lease_is_free_at_once(objects: ObjectStore) -> None:
 
 
 async def test_of_many_that_begin_at_once_one_wins(objects: ObjectStore) -> None:
-    leases = [lease(objects, f"w{n}", ttl_s=1.5) for n in range(8)]
+    leases = [lease(objects, f"w{n}", ttl_s=6) for n in range(8)]
     keeping: list[asyncio.Task[None]] = []
 
     async def begin(one: WriterLease) -> None:

@@ -115,7 +115,7 @@ async def test_one_that_hangs_is_given_up_at_the_deadline(tmp_path: Path) -> Non
         start = time.monotonic()
         with pytest.raises(AgentUnavailable, match=r"did not answer guest-fsfreeze-thaw within 0\.3 s"):
             await guest.thaw(0.3)
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize("chunk", [b"flood " * 10_000, b"\xff" * 60_000, b"\xff{" * 30_000])
@@ -147,13 +147,13 @@ async def test_one_that_is_absent_or_leaves_is_told(tmp_path: Path) -> None:
 
 
 async def test_a_shutdown_is_asked_for_without_waiting_for_an_answer(tmp_path: Path) -> None:
-    asked: list[bytes] = []
+    asked: asyncio.Queue[bytes] = asyncio.Queue()
 
     async def shut_down(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await synchronised(reader, writer)
-        asked.append(await reader.readline())
+        asked.put_nowait(await reader.readline())
 
     async with agent(tmp_path, shut_down) as guest:
         await guest.shut_down(2)
-        await asyncio.sleep(0.1)
-    assert json.loads(asked[0])["execute"] == "guest-shutdown"
+        line = await asyncio.wait_for(asked.get(), 10)
+    assert json.loads(line)["execute"] == "guest-shutdown"

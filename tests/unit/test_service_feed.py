@@ -99,7 +99,7 @@ async def test_a_guest_s_stream_has_its_own_events_and_progress_alone(catalog: C
     for name in ("mail", "u-mail"):
         stream = feed.open(None, name)
         waiting = asyncio.create_task(anext(stream))  # type: ignore[arg-type]
-        await asyncio.sleep(0.01)  # until it listens: progress before that is not for it
+        await asyncio.sleep(0)  # now it listens: progress before that is not for it
         for snapshot in (of_web, "s-unknown", "t-unknown", of_mail):
             feed.progress(Progress(snapshot, 1, 2, 1.0, None))
         async with asyncio.timeout(10):
