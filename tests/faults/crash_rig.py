@@ -377,18 +377,17 @@ class CrashRig:
 
     def crash_at(self, order: Order, action: Callable[[], None]) -> bool:
         """Do an action that the daemon does not survive; False if it did: the point was not passed."""
-        self.order(order)
+        ident = self.order(order)
         try:
             action()
         except (HvsnapError, httpx.HTTPError, RuntimeError, TimeoutError):
             # Whoever was told of its end may be faster than the kernel with it.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.daemon.wait_dead(2)
-        if order.side == "during":
-            time.sleep(order.delay_s + 0.05)
-        died = not self.daemon.alive()
         self.disarm()
-        return died
+        if self.control.with_suffix(f".reached-{ident}").exists():
+            self.daemon.wait_dead()  # it lives on for a moment after the point, maybe for longer than the action took
+        return not self.daemon.alive()
 
     @contextlib.contextmanager
     def held_at(self, name: str, side: str = "before", nth: int = 1) -> Iterator[str]:

@@ -45,8 +45,8 @@ class Order:
     """What to do at the ``nth`` passing of the point ``name``, counted since the order was given.
 
     ``do``: "trace" only lists points, "kill" is SIGKILL at once, "hold" waits for ``CONTROL.go-ID`` (and has left
-    ``CONTROL.reached-ID``), "fail" is an input/output
-    error. ``side`` "during" kills ``delay_s`` after the call began.
+    ``CONTROL.reached-ID``), "fail" is an input/output error. ``side`` "during" leaves ``CONTROL.reached-ID``, and
+    kills ``delay_s`` after the call began.
     """
 
     do: str
@@ -98,6 +98,7 @@ class Points:
         if order.do == "fail":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         if order.side == "during":
+            self._control.with_suffix(f".reached-{order.id}").touch()
             threading.Timer(order.delay_s, _kill).start()
             return False
         _kill()

@@ -54,6 +54,10 @@ class Hook:
     def prepare(self, xml: bytes, name: str = "web01") -> Ran:
         return self.run(name, "prepare", "begin", "-", xml=xml)
 
+    def forget(self) -> None:
+        """Begin anew: nothing was spooled, and no daemon was found to hang."""
+        shutil.rmtree(self.state / "spool", ignore_errors=True)
+
     def spooled(self) -> list[dict[str, object]]:
         """Return what is in the spool, oldest first."""
         spool = self.state / "spool" / "hooks"

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
@@ -184,10 +184,13 @@ def test_streams_that_are_closed_do_no_harm(hook: Hook) -> None:
 
 
 def test_an_input_that_never_ends_or_never_comes_is_not_waited_for(hook: Hook) -> None:
-    began = time.monotonic()
-    with subprocess.Popen([hook.script, "web01", "prepare", "begin", "-"], stdin=subprocess.PIPE) as silent:
-        assert silent.wait(20) == 0
-    assert time.monotonic() - began < SLOW_S + start_s()
+    def once() -> float:
+        began = time.monotonic()
+        with subprocess.Popen([hook.script, "web01", "prepare", "begin", "-"], stdin=subprocess.PIPE) as silent:
+            assert silent.wait(20) == 0
+        return time.monotonic() - began
+
+    assert at_best(once, lambda: SLOW_S + start_s())
 
 
 def test_without_a_state_directory_nothing_happens(hook: Hook) -> None:
@@ -217,6 +220,11 @@ def start_s() -> float:
     return statistics.median(one() for _ in range(5))
 
 
+def at_best(once: Callable[[], float], limit_s: Callable[[], float]) -> bool:
+    """Whether something is done in time, in seconds, at least once: a machine that is busy for a moment hides it."""
+    return any(once() < limit_s() for _ in range(10))
+
+
 @contextlib.contextmanager
 def deaf(path: Path) -> Iterator[None]:
     """A daemon that takes connections and never answers."""
@@ -239,13 +247,15 @@ def test_a_dead_daemon_finds_everything_in_its_spool(hook: Hook) -> None:
 
 
 def test_a_hung_daemon_is_waited_for_once_and_briefly(hook: Hook) -> None:
-    alone_s = start_s()
-    with deaf(hook.socket):
+    def once() -> float:
+        hook.forget()
         runs = [hook.run("web01", one, "begin", "-", xml=domain_xml(IMAGE)) for one in ("prepare", "start", "started")]
-    assert [run.status for run in runs] == [0, 0, 0]
-    assert len(hook.spooled()) == 3
-    assert runs[0].took_s < SLOW_S + alone_s
-    assert sum(run.took_s for run in runs) < SLOW_S + 3 * 3 * alone_s
+        assert [run.status for run in runs] == [0, 0, 0]
+        assert len(hook.spooled()) == 3
+        return sum(run.took_s for run in runs)
+
+    with deaf(hook.socket):
+        assert at_best(once, lambda: SLOW_S + 3 * start_s())
 
 
 def test_a_full_queue_of_connections_is_a_hung_daemon(hook: Hook) -> None:
@@ -257,10 +267,15 @@ def test_a_full_queue_of_connections_is_a_hung_daemon(hook: Hook) -> None:
             waiting.setblocking(False)
             with contextlib.suppress(BlockingIOError):
                 waiting.connect(str(hook.socket))
-        ran = hook.prepare(domain_xml(IMAGE))
-    assert ran.status == 0
-    assert ran.took_s < SLOW_S + start_s()
-    assert len(hook.spooled()) == 1
+
+        def once() -> float:
+            hook.forget()
+            ran = hook.prepare(domain_xml(IMAGE))
+            assert ran.status == 0
+            assert len(hook.spooled()) == 1
+            return ran.took_s
+
+        assert at_best(once, lambda: SLOW_S + start_s())
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 500 No\r\n\r\n", b"HTTP/1.1 503 No\r\n\r\n", b"", b"what?\n" * 10])
