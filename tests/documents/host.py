@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,11 +23,12 @@ from tests.daemon_kit import Daemon
 from tests.documents.blocks import DOCS, blocks
 from tests.guest.domain import DiskSpec, Guest, make_image
 from tests.guest.image import GuestImage
-from tests.guest.libvirtd import Libvirtd, host_pids
+from tests.guest.libvirtd import Libvirtd, host_pids, wait_for
 from tests.mqtt.broker import Broker, password_file
 from tests.mqtt.certificates import Certificates
 from tests.mqtt.test_forms import PAYLOADS
 
+NEAR_S = 120
 PRICE = 'price_per_gib_month = 0.05\ncurrency = "EUR"\nprepaid_gib = 0.02'
 
 
@@ -78,7 +80,7 @@ class Host:
         """Return what a document asks for by name."""
         deeds: list[Callable[..., None]] = [
             self.write, self.off, self.on, self.damage, self.lose_catalog, self.lose_host, self.host_a, self.bare,
-            self.bare_configuration, self.sealed, self.plain, self.broker, self.two_hosts,
+            self.bare_configuration, self.sealed, self.plain, self.broker, self.two_hosts, self.between_hours,
         ]  # fmt: skip
         return {one.__name__: one for one in deeds}[name]
 
@@ -186,6 +188,10 @@ class Host:
         with pack.open("r+b") as file:
             file.seek(offset)
             file.write(b"damage")
+
+    def between_hours(self) -> None:
+        """Return when the next full hour, at which policies run, is not near."""
+        wait_for(lambda: time.time() % 3600 < 3600 - NEAR_S, "the full hour", NEAR_S + 60)
 
     def lose_catalog(self) -> None:
         """Remove the catalog."""

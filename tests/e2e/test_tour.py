@@ -22,6 +22,8 @@ from tests.guest.libvirtd import Libvirtd, wait_for
 TOUR = (Path(__file__).parents[2] / "docs" / "tour.md").read_text()
 REPORT = "all figures of the year\n"
 LOST_BYTES = 1 << 20
+NOON = datetime.now(UTC).replace(hour=12, minute=0, second=0)
+"""Of today: it is not two o'clock while the policy is being made."""
 
 
 def chapter(title: str) -> list[str]:
@@ -75,7 +77,7 @@ def guest(libvirtd: Libvirtd, guest_image: GuestImage, workdir: Path, data: Path
 @pytest.fixture
 def daemon(libvirtd: Libvirtd, workdir: Path) -> Iterator[TurnedDaemon]:
     one = TurnedDaemon(workdir, libvirtd.uri)
-    one.turn(0)
+    one.turn(NOON.timestamp())
     one.start()
     yield one
     one.stop()
@@ -85,9 +87,7 @@ def test_the_walk_of_the_tour(daemon: TurnedDaemon, guest: Guest, data: Path, wo
     walk = Walk(workdir, daemon)
     told = walk.go("Snapshots by themselves")
     assert "web01" in told
-    now = datetime.now(UTC)
-    two = now.replace(hour=2, minute=2, second=0) + timedelta(days=1)
-    daemon.turn((two - now).total_seconds())
+    daemon.turn((NOON + timedelta(hours=14, minutes=2)).timestamp())
     wait_for(lambda: sum(one.state == "accomplished" for one in daemon.snapshots()) == 2, "the night's snapshots", 60)
     daemon.settled()
     before = subprocess.run(["qemu-img", "convert", "-U", "-O", "raw", str(data), str(workdir / "before.raw")])
