@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from pydantic import BaseModel
 
 from hvsnap import wire
 from hvsnap.cli import render
-from hvsnap.cli.client import Client, DaemonError, body, place
-from hvsnap.cli.complaints import INTERRUPTED, complain
-from hvsnap.cli.follow import Sight, follow
+from hvsnap.cli.client import body, place
 from hvsnap.cli.session import Session
-from hvsnap.cli.snapshots import cancel
-from hvsnap.errors import Failed, HvsnapError
+from hvsnap.cli.tasks import finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +56,11 @@ def create(session: Session, wanted: NewDisk, *, detach: bool) -> int:
     )
     with session.client() as client:
         task = client.post("/disks", wire.Task, request)
-        if detach:
-            session.answer(task, task.id)
-            return 0
-        if wanted.instant:
+        if wanted.instant and not detach:
             session.answer(task, path)
             session.remark(f"it can be used now, and is filled in the background: {task.id}; `hvsnap watch` tells when")
             return 0
-        return _finish(session, client, task, "disk-create", lambda ended: ended)
+        return finished(session, client, task, "disk-create", detach=detach)
 
 
 def rollback(session: Session, wanted: Wanted, *, detach: bool) -> int:
@@ -97,14 +90,11 @@ def _set_back(session: Session, wanted: Wanted, call: str, request: BaseModel, *
         if answer.task is None:
             session.answer(answer, render.plan(answer.plan))
             return 0
-        if detach:
-            session.answer(answer, answer.task.id)
-            return 0
 
-        def told(ended: wire.Task) -> BaseModel:
-            return wire.RollbackAnswer(plan=answer.plan, task=ended)
+        def told(task: wire.Task) -> BaseModel:
+            return wire.RollbackAnswer(plan=answer.plan, task=task)
 
-        return _finish(session, client, answer.task, f"disk-{call}", told)
+        return finished(session, client, answer.task, f"disk-{call}", detach=detach, told=told)
 
 
 def edit(session: Session, disk: str, delete_auto_with_disk: bool | None, encrypted: bool | None) -> None:
@@ -122,60 +112,3 @@ def release(session: Session, disk: str, *, dry_run: bool) -> None:
     with session.client() as client:
         answer = client.post(place("disks", disk, "release"), wire.DiskReleased, request)
     session.answer(answer, answer.disk.id if session.quiet else render.released(answer))
-
-
-def _finish(
-    session: Session, client: Client, task: wire.Task, what: str, told: Callable[[wire.Task], BaseModel]
-) -> int:
-    """Follow a task and tell how it ended; ``told`` makes the object that `--json` shows of it."""
-    now = followed(session, client, task)
-    if now is None:
-        return INTERRUPTED
-    if now.state is wire.TaskState.ACCOMPLISHED:
-        session.answer(told(now), render.done(now, quiet=session.quiet))
-        return 0
-    also = told(now).model_dump(mode="json")
-    return complain(task_error(now), what, as_json=session.json, also=also if "task" in also else {"task": also})
-
-
-def followed(session: Session, client: Client, task: wire.Task) -> wire.Task | None:
-    """Follow a task to its end and return it; None if the user left it."""
-    now = task
-
-    def look() -> list[Sight]:
-        nonlocal now
-        now = client.get(place("tasks", task.id), wire.Task)
-        return [_sight(now)]
-
-    hint = "`hvsnap watch` shows its progress and its end"
-    try:
-        follow(
-            client,
-            look,
-            quiet=session.quiet,
-            cancel=lambda: cancel(client, "tasks", task.id, wire.Task),
-            leave_hint=hint,
-        )
-    except KeyboardInterrupt:
-        return None
-    return now
-
-
-def task_error(task: wire.Task) -> HvsnapError:
-    """Return why a task did not succeed."""
-    if task.error is None:
-        return Failed(f"task {task.id} is {task.state}", hint="the daemon's log says more")
-    return DaemonError(task.error)
-
-
-def _sight(task: wire.Task) -> Sight:
-    return Sight(
-        id=task.id,
-        title=f"{task.subject}: {task.step}" if task.step else task.subject,
-        done_bytes=task.done_bytes,
-        total_bytes=task.total_bytes,
-        percent=task.progress,
-        rate_bytes_s=task.rate_bytes_s,
-        eta_s=task.eta_s,
-        ended=task.state is not wire.TaskState.RUNNING,
-    )

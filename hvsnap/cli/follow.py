@@ -9,14 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from pydantic import BaseModel
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from hvsnap.cli import render
-from hvsnap.cli.client import Client
+from hvsnap.cli.client import Client, DaemonError, place
 from hvsnap.cli.text import safe
-from hvsnap.errors import HvsnapError
+from hvsnap.errors import HvsnapError, Refused
 
 POLL_S = 0.5
 POLL_S_FIRST = 0.05
@@ -171,6 +172,15 @@ def follow(client: Client, look: Look, *, quiet: bool, cancel: Callable[[], None
         waker.stop()
         if bars is not None:
             bars.stop()
+
+
+def cancel(client: Client, room: str, name: str, answer: type[BaseModel]) -> None:
+    """Cancel, unless it has ended by itself or with another of its group: following it shows how."""
+    try:
+        client.post(place(room, name, "cancel"), answer)
+    except DaemonError as error:
+        if error.error.code != Refused.code:
+            raise
 
 
 def _wants_cancel(leave_hint: str) -> bool:

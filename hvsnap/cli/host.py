@@ -12,8 +12,8 @@ from hvsnap import wire
 from hvsnap.cli import render_host
 from hvsnap.cli.client import DaemonAbsent
 from hvsnap.cli.complaints import complain
+from hvsnap.cli.outcomes import count
 from hvsnap.cli.session import Session
-from hvsnap.cli.store import count
 from hvsnap.cli.text import safe
 from hvsnap.config import Settings
 from hvsnap.errors import ConfigInvalid, DaemonUnreachable, Damaged, Failed, StoreBusy

@@ -7,9 +7,8 @@ import os
 from hvsnap import wire
 from hvsnap.cli import render
 from hvsnap.cli.client import body, place
-from hvsnap.cli.complaints import INTERRUPTED, complain
-from hvsnap.cli.disks import followed, task_error
 from hvsnap.cli.session import Session
+from hvsnap.cli.tasks import finished
 from hvsnap.cli.text import safe
 
 
@@ -49,17 +48,7 @@ def export(session: Session, image: str, path: str, *, detach: bool) -> int:
     request = body(wire.ImageExport, path=os.path.abspath(path) if path else path)
     with session.client() as client:
         task = client.post(place("images", image, "export"), wire.Task, request)
-        if detach:
-            session.answer(task, task.id)
-            return 0
-        now = followed(session, client, task)
-    if now is None:
-        return INTERRUPTED
-    if now.state is not wire.TaskState.ACCOMPLISHED:
-        also = {"task": now.model_dump(mode="json")}
-        return complain(task_error(now), "image-export", as_json=session.json, also=also)
-    session.answer(now, _exported(now, quiet=session.quiet))
-    return 0
+        return finished(session, client, task, "image-export", detach=detach)
 
 
 def delete(session: Session, image: str) -> None:
@@ -67,13 +56,3 @@ def delete(session: Session, image: str) -> None:
     with session.client() as client:
         gone = client.post(place("images", image, "delete"), wire.Image)
     session.answer(gone, safe(f"image {gone.name} is deleted; snapshot {gone.snapshot} stays"))
-
-
-def _exported(task: wire.Task, *, quiet: bool) -> str:
-    result = task.result
-    if not isinstance(result, wire.ImageExported):
-        return task.id
-    if quiet:
-        return safe(result.path)
-    what = f"qcow2 of {render.size(result.size_bytes)}, {render.size(result.written_bytes)} written"
-    return f"{safe(result.path)}  {what}, compressed to {render.size(result.file_bytes)}"

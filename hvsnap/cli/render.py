@@ -324,27 +324,6 @@ def _made(s: wire.Snapshot) -> str:
     return f"{s.id}  {', '.join(words)}" + (f" ({one_line(s.reason)})" if s.reason else "")
 
 
-def done(task: wire.Task, *, quiet: bool) -> str:
-    """Return what an accomplished task did, as one line."""
-    result = task.result
-    if isinstance(result, wire.DiskCreated):
-        if quiet:
-            return safe(result.path)
-        words = [f"{result.format} of {size(result.size_bytes)} made of {result.made_of}"]
-        words += [f"{size(result.written_bytes)} written"]
-        words += [f"attached as {safe(result.attached)}"] if result.attached else []
-        return f"{safe(result.path)}  {', '.join(words)}"
-    if isinstance(result, wire.SetBack):
-        if quiet:
-            return result.safety_snapshot or ""
-        saved = f"the state before it is {result.safety_snapshot}" if result.safety_snapshot else "no safety snapshot"
-        to = result.origin if isinstance(result, wire.Reinitialised) else result.snapshot
-        words = [f"set back to {to}", f"{size(result.written_bytes)} written", saved]
-        words += ["guest started"] * result.started
-        return "\n".join([f"{result.disk}  {', '.join(words)}", *(f"note: {one_line(note)}" for note in result.notes)])
-    return task.id
-
-
 def disk(d: wire.Disk) -> str:
     """Return what holds for a disk."""
     pairs = [

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pydantic import BaseModel
-
 from hvsnap import wire
 from hvsnap.cli import render
-from hvsnap.cli.client import Client, DaemonError, body, place
+from hvsnap.cli.client import Client, body, place
 from hvsnap.cli.complaints import INTERRUPTED, complain
-from hvsnap.cli.follow import Sight, follow
+from hvsnap.cli.follow import Sight, cancel, follow
 from hvsnap.cli.session import Session
-from hvsnap.errors import BadRequest, Failed, Refused
+from hvsnap.errors import BadRequest, Failed
 from hvsnap.model import Consistency, State
 
 LIST_MAX = 10_000
@@ -92,9 +90,9 @@ def create(session: Session, wanted: Wanted, *, detach: bool) -> int:
         def look() -> list[Sight]:
             nonlocal now
             now = [client.get(place("snapshots", one.id), wire.Snapshot) for one in made]
-            return [_sight(one) for one in now]
+            return [sight(one) for one in now]
 
-        hint = f"see it with `hvsnap snapshot-info {made[0].id}`"
+        hint = f"`hvsnap task-wait {' '.join(one.id for one in made)}` follows it again"
         try:
             follow(client, look, quiet=session.quiet, cancel=lambda: _cancel(client, now), leave_hint=hint)
         except KeyboardInterrupt:
@@ -102,7 +100,8 @@ def create(session: Session, wanted: Wanted, *, detach: bool) -> int:
     return _tell(session, now)
 
 
-def _sight(snapshot: wire.Snapshot) -> Sight:
+def sight(snapshot: wire.Snapshot) -> Sight:
+    """Return how far a snapshot is."""
     return Sight(
         id=snapshot.id,
         title=f"{snapshot.guest}/{snapshot.target} {snapshot.id}",
@@ -120,15 +119,6 @@ def _cancel(client: Client, snapshots: Sequence[wire.Snapshot]) -> None:
     for one in snapshots:
         if one.state is State.PROGRESSING:
             cancel(client, "snapshots", one.id, wire.Snapshot)
-
-
-def cancel(client: Client, room: str, name: str, answer: type[BaseModel]) -> None:
-    """Cancel, unless it has ended by itself or with another of its group: following it shows how."""
-    try:
-        client.post(place(room, name, "cancel"), answer)
-    except DaemonError as error:
-        if error.error.code != Refused.code:
-            raise
 
 
 def _tell(session: Session, snapshots: Sequence[wire.Snapshot]) -> int:

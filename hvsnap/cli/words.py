@@ -153,6 +153,20 @@ def snapshots(ctx: typer.Context, incomplete: str) -> Words:
     return _snapshots(ctx, incomplete, disk="")
 
 
+def under_way(ctx: typer.Context, incomplete: str) -> Words:
+    """Return the ids of the tasks that run, and of the snapshots that are being made."""
+    try:
+        from hvsnap import wire  # noqa: PLC0415 - as above
+
+        with _daemon(ctx) as client:
+            tasks = client.get("/tasks", wire.TaskList).tasks
+            made = client.get("/snapshots", wire.SnapshotList, state="progressing", limit=SNAPSHOTS_MAX).snapshots
+        running = [(one.id, f"{one.kind} {one.subject}") for one in tasks if one.state is wire.TaskState.RUNNING]
+        return plain(running + [(one.id, f"{one.guest}/{one.target}") for one in made], incomplete)
+    except Exception:
+        return []
+
+
 def sources(ctx: typer.Context, incomplete: str) -> Words:
     """Return what a disk can be made of: images and the newest snapshots."""
     return images(ctx, incomplete) + snapshots(ctx, incomplete)

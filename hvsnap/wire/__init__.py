@@ -159,7 +159,7 @@ from hvsnap.wire.store import (
     StoreRebuilt,
     StoreRekeyed,
 )
-from hvsnap.wire.tasks import RollbackAnswer, Task, TaskList, TaskResult, TaskState
+from hvsnap.wire.tasks import RollbackAnswer, Task, TaskList, TaskResult, TaskState, Work
 from hvsnap.wire.usage import Usage, UsageLine, UsagePoint
 
 __all__ = [
@@ -261,5 +261,6 @@ __all__ = [
     "Usage",
     "UsageLine",
     "UsagePoint",
+    "Work",
     "build",
 ]

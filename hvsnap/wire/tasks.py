@@ -11,7 +11,7 @@ from hvsnap.wire.base import Answer, Error
 from hvsnap.wire.disks import DiskCreated, Reinitialised, RollbackPlan, RolledBack
 from hvsnap.wire.drills import SnapshotDrilled
 from hvsnap.wire.images import ImageExported
-from hvsnap.wire.snapshots import SnapshotsVerified
+from hvsnap.wire.snapshots import Snapshot, SnapshotsVerified
 from hvsnap.wire.store import StoreChecked, StoreCompacted
 
 
@@ -59,6 +59,13 @@ class Task(Answer):
 class TaskList(Answer):
     """Tasks, newest first."""
 
+    tasks: list[Task]
+
+
+class Work(Answer):
+    """Work that is under way, or was: snapshots being made, and tasks."""
+
+    snapshots: list[Snapshot]
     tasks: list[Task]
 
 

@@ -66,6 +66,9 @@ COMMANDS = {
     "store-info",
     "store-rebuild",
     "store-rekey",
+    "task-cancel",
+    "task-list",
+    "task-wait",
     "usage",
     "watch",
 }
@@ -294,7 +297,7 @@ async def test_without_a_terminal_sigint_leaves_the_work_to_the_daemon(desk: Des
     making = await a_making(desk.house)
     status, out, err = await interrupted(desk, "snapshot-create", "web01")
     assert (status, out) == (130, "")
-    assert f"it goes on in the daemon: see it with `hvsnap snapshot-info {making.made[0].id}`" in err
+    assert f"it goes on in the daemon: `hvsnap task-wait {making.made[0].id}` follows it again" in err
     assert desk.house.captures.cancelled == []
 
 

@@ -15,7 +15,8 @@ import pytest
 
 from hvsnap.cli.words import plain
 from hvsnap.model import Image, ImageId
-from tests.cli_kit import HVSNAP, Desk, Ran, a_desk, two_snapshots
+from hvsnap.service.requests import SnapshotRequest
+from tests.cli_kit import HVSNAP, Desk, Ran, a_desk, a_making, two_snapshots
 from tests.service_kit import MAIL, a_guest, a_view
 
 BIN = str(Path(HVSNAP).parent)
@@ -82,6 +83,13 @@ async def test_what_can_stand_there_is_offered(desk: Desk, line: str, found: lis
     await two_snapshots(desk.house)
     ran = await completed(desk, line)
     assert (ran.status, ran.out.split(), ran.err) == (0, found, "")
+
+
+async def test_work_that_can_be_followed_or_cancelled_is_offered(desk: Desk) -> None:
+    making = await a_making(desk.house)
+    assert (await completed(desk, "hvsnap task-wait ")).out.split() == []
+    (made,) = await making.create(SnapshotRequest(guest="web01"))
+    assert (await completed(desk, "hvsnap task-cancel ")).out.split() == [made.id]
 
 
 async def test_snapshots_are_offered_newest_first_and_those_of_the_disk(desk: Desk) -> None:

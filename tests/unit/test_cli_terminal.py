@@ -116,7 +116,7 @@ async def test_ctrl_c_asks_and_leaves_it_running(desk: Desk) -> None:
     terminal.sendintr()
     await away(terminal.expect, re.escape("Cancel it? It goes on in the daemon otherwise. [y/N] "))
     terminal.sendline("n")
-    await away(terminal.expect, f"it goes on in the daemon: see it with `hvsnap snapshot-info {making.made[0].id}`")
+    await away(terminal.expect, f"it goes on in the daemon: `hvsnap task-wait {making.made[0].id}` follows it again")
     status, _rest = await away(ended, terminal)
     assert status == 130
     assert desk.house.captures.cancelled == []

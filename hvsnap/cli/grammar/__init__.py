@@ -19,7 +19,7 @@ from hvsnap.cli.session import Session, say
 
 # They register their commands, and the help shows them in this order.
 # isort: off
-from hvsnap.cli.grammar import guests, snapshots, disks, policies, images, serving, files, store, daemon, host  # noqa: F401
+from hvsnap.cli.grammar import guests, snapshots, disks, policies, images, serving, files, work, store, daemon, host  # noqa: F401
 
 # isort: on
 
