@@ -116,7 +116,7 @@ async def test_an_endpoint_that_stays_away_fails_at_the_deadline_and_says_so(
     started = asyncio.get_running_loop().time()
     with pytest.raises(StoreFailed) as caught:
         await objects.put("x", b"1")
-    assert asyncio.get_running_loop().time() - started < 5
+    assert asyncio.get_running_loop().time() - started < 20
     assert "endpoint" in caught.value.hint
     proxy.faults.clear()
     assert [item.name async for item in objects.list("")] == []
@@ -179,7 +179,7 @@ async def test_wrong_keys_are_refused_at_once(ceph: Ceph, tmp_path: Path) -> Non
     started = asyncio.get_running_loop().time()
     with pytest.raises(StoreFailed) as caught:
         await S3Objects(wrong, tmp_path).get("x")
-    assert asyncio.get_running_loop().time() - started < 5
+    assert asyncio.get_running_loop().time() - started < 20
     assert "keys" in caught.value.hint
 
 

@@ -13,13 +13,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import paho.mqtt.client as paho
 import pytest
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.catalog.transaction import Transaction
 from hvsnap.errors import NoSpace
 from hvsnap.model import Progress
 from hvsnap.mqtt import outbox as outbox_module
+from tests.guest.libvirtd import wait_for
 from tests.mqtt.broker import Broker, free_port
 from tests.mqtt.conftest import Publish
 from tests.mqtt.kit import emit
@@ -48,9 +52,21 @@ async def test_all_events_are_delivered_in_order_once_the_broker_is_back(
 
 
 def subscriber_first(broker: Broker):  # type: ignore[no-untyped-def]
-    """Start a broker and subscribe before the publisher's pause is over."""
+    """Start a broker and subscribe; the event loop, and the publisher in it, does not go on before there is a session.
+
+    What comes until the listener takes the session over waits in it.
+    """
     broker.start()
-    return listening(broker.port, "hvsnap/kvm1/event", timeout=5)
+    lasting = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+    lasting.SessionExpiryInterval = 600
+    subscribed: list[int] = []
+    client = paho.Client(paho.CallbackAPIVersion.VERSION2, "first", protocol=paho.MQTTv5)
+    client.on_connect = lambda *_told: client.subscribe("hvsnap/kvm1/event", qos=1)
+    client.on_subscribe = lambda *_told: subscribed.append(1)
+    client.connect("127.0.0.1", broker.port, clean_start=True, properties=lasting)
+    wait_for(lambda: client.loop(0.01) == 0 and subscribed != [], "the subscription")
+    client.disconnect()
+    return listening(broker.port, "hvsnap/kvm1/event", identifier="first", clean_start=False)
 
 
 async def test_an_outbox_that_was_cut_loses_the_oldest_events_alone(
@@ -86,7 +102,7 @@ async def test_a_paused_broker_is_noticed_and_nothing_waits_for_it(
             await until(lambda: not running.publisher.status().connected, "noticing the pause")
             await until(lambda: "in time" in running.publisher.status().error, "an attempt during the pause")
             lag.cancel()
-            assert await lag < 0.25
+            assert await lag < 0.8, "who waited for the broker would have waited for a second"
         finally:
             broker.resume()
         await listener.until(lambda heard: len(set(heard.sequences())) == 201, "all events")
@@ -126,7 +142,7 @@ async def test_stopping_does_not_wait_for_a_broker_that_hangs(
     await until(lambda: running.publisher.status().connected, "the connection")
     broker.pause()
     await emit(catalog, 10)
-    async with asyncio.timeout(4):  # the farewell's two seconds, and what a busy machine adds
+    async with asyncio.timeout(15):  # the farewell's two seconds, and what a busy machine adds
         await running.stop()
     assert len(await catalog.unpublished(100)) == 10
 
