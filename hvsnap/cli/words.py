@@ -7,7 +7,7 @@ code that completes in some shells evaluates what it is given.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -48,63 +48,109 @@ def _daemon(ctx: typer.Context) -> Iterator[Client]:
         yield client
 
 
-def guests(ctx: typer.Context, incomplete: str) -> Words:
+def _offered(found: Callable[[Client, typer.Context], Words]) -> Callable[[typer.Context, str], Words]:
+    """Make a completion of a function that asks the daemon."""
+
+    def complete(ctx: typer.Context, incomplete: str) -> Words:
+        try:
+            with _daemon(ctx) as client:
+                return plain(found(client, ctx), incomplete)
+        except Exception:
+            return []  # a word that is not completed is better than an error in the middle of a command line
+
+    return complete
+
+
+@_offered
+def guests(client: Client, _ctx: typer.Context) -> Words:
     """Return the guests' names."""
-    try:
-        from hvsnap import wire  # noqa: PLC0415 - it is slow to import, and most completions are of commands
+    from hvsnap import wire  # noqa: PLC0415 - it is slow to import, and most completions are of commands
 
-        with _daemon(ctx) as client:
-            answer = client.get("/guests", wire.GuestList)
-            return plain([(guest.name, guest.state) for guest in answer.guests], incomplete)
-    except Exception:
-        return []  # a word that is not completed is better than an error in the middle of a command line
+    return [(guest.name, guest.state) for guest in client.get("/guests", wire.GuestList).guests]
 
 
-def disks_of_guest(ctx: typer.Context, incomplete: str) -> Words:
+@_offered
+def disks_of_guest(client: Client, ctx: typer.Context) -> Words:
     """Return the targets of the disks of the guest that was typed before."""
-    try:
-        from hvsnap import wire  # noqa: PLC0415 - as above
+    from hvsnap import wire  # noqa: PLC0415 - as above
 
-        named = ctx.params.get("guest")
-        typed = ctx.params.get("disks") or ()
-        with _daemon(ctx) as client:
-            answer = client.get("/guests", wire.GuestList)
-        words = [
-            (disk.target, disk.path)
-            for guest in answer.guests
-            if named in (guest.name, guest.uuid)
-            for disk in guest.disks
-            if disk.target not in typed
-        ]
-        return plain(words, incomplete)
-    except Exception:
-        return []
+    named = ctx.params.get("guest")
+    typed = ctx.params.get("disks") or ()
+    return [
+        (disk.target, disk.path)
+        for guest in client.get("/guests", wire.GuestList).guests
+        if named in (guest.name, guest.uuid)
+        for disk in guest.disks
+        if disk.target not in typed
+    ]
 
 
-def disks(ctx: typer.Context, incomplete: str) -> Words:
+@_offered
+def disks(client: Client, _ctx: typer.Context) -> Words:
     """Return the disks that have a chain, as GUEST/TARGET and by their ids."""
-    try:
-        from hvsnap import wire  # noqa: PLC0415 - as above
+    from hvsnap import wire  # noqa: PLC0415 - as above
 
-        with _daemon(ctx) as client:
-            chains = client.get("/chains", wire.ChainList).chains
-        words = [(f"{chain.guest}/{chain.target}", chain.disk) for chain in chains if not chain.released]
-        return plain(words + [(chain.disk, f"{chain.guest}/{chain.target}") for chain in chains], incomplete)
-    except Exception:
-        return []
+    chains = client.get("/chains", wire.ChainList).chains
+    words = [(f"{chain.guest}/{chain.target}", chain.disk) for chain in chains if not chain.released]
+    return words + [(chain.disk, f"{chain.guest}/{chain.target}") for chain in chains]
 
 
-def attached_disks(ctx: typer.Context, incomplete: str) -> Words:
+@_offered
+def attached_disks(client: Client, _ctx: typer.Context) -> Words:
     """Return the disks of all guests as GUEST/TARGET."""
-    try:
-        from hvsnap import wire  # noqa: PLC0415 - as above
+    from hvsnap import wire  # noqa: PLC0415 - as above
 
-        with _daemon(ctx) as client:
-            guests_now = client.get("/guests", wire.GuestList).guests
-        words = [(f"{guest.name}/{disk.target}", disk.path) for guest in guests_now for disk in guest.disks]
-        return plain(words, incomplete)
-    except Exception:
-        return []
+    found = client.get("/guests", wire.GuestList).guests
+    return [(f"{guest.name}/{disk.target}", disk.path) for guest in found for disk in guest.disks]
+
+
+@_offered
+def images(client: Client, _ctx: typer.Context) -> Words:
+    """Return the images' names and ids."""
+    from hvsnap import wire  # noqa: PLC0415 - as above
+
+    found = client.get("/images", wire.ImageList).images
+    return [(one.name, one.id) for one in found] + [(one.id, one.name) for one in found]
+
+
+@_offered
+def policies(client: Client, _ctx: typer.Context) -> Words:
+    """Return the policies' names."""
+    from hvsnap import wire  # noqa: PLC0415 - as above
+
+    found = client.get("/policies", wire.PolicyList).policies
+    return [(one.name, f"{len(one.disks)} disks") for one in found]
+
+
+@_offered
+def served(client: Client, _ctx: typer.Context) -> Words:
+    """Return the ids of the snapshots that are served."""
+    from hvsnap import wire  # noqa: PLC0415 - as above
+
+    return [(one.snapshot, f"{one.guest}/{one.target}") for one in client.get("/served", wire.ServedList).served]
+
+
+@_offered
+def snapshots(client: Client, _ctx: typer.Context) -> Words:
+    """Return the ids of the newest snapshots, with their names."""
+    return _newest(client)
+
+
+@_offered
+def snapshots_of_disk(client: Client, ctx: typer.Context) -> Words:
+    """Return the ids of the newest snapshots of the disk that was typed before."""
+    return _newest(client, disk=str(ctx.params.get("disk") or ""))
+
+
+@_offered
+def under_way(client: Client, _ctx: typer.Context) -> Words:
+    """Return the ids of the tasks that run, and of the snapshots that are being made."""
+    from hvsnap import wire  # noqa: PLC0415 - as above
+
+    tasks = client.get("/tasks", wire.TaskList).tasks
+    made = client.get("/snapshots", wire.SnapshotList, state="progressing", limit=SNAPSHOTS_MAX).snapshots
+    running = [(one.id, f"{one.kind} {one.subject}") for one in tasks if one.state is wire.TaskState.RUNNING]
+    return running + [(one.id, f"{one.guest}/{one.target}") for one in made]
 
 
 def guests_and_disks(ctx: typer.Context, incomplete: str) -> Words:
@@ -112,77 +158,13 @@ def guests_and_disks(ctx: typer.Context, incomplete: str) -> Words:
     return guests(ctx, incomplete) + attached_disks(ctx, incomplete)
 
 
-def images(ctx: typer.Context, incomplete: str) -> Words:
-    """Return the images' names and ids."""
-    try:
-        from hvsnap import wire  # noqa: PLC0415 - as above
-
-        with _daemon(ctx) as client:
-            answer = client.get("/images", wire.ImageList).images
-        return plain([(one.name, one.id) for one in answer] + [(one.id, one.name) for one in answer], incomplete)
-    except Exception:
-        return []
-
-
-def policies(ctx: typer.Context, incomplete: str) -> Words:
-    """Return the policies' names."""
-    try:
-        from hvsnap import wire  # noqa: PLC0415 - as above
-
-        with _daemon(ctx) as client:
-            answer = client.get("/policies", wire.PolicyList)
-        return plain([(one.name, f"{len(one.disks)} disks") for one in answer.policies], incomplete)
-    except Exception:
-        return []
-
-
-def served(ctx: typer.Context, incomplete: str) -> Words:
-    """Return the ids of the snapshots that are served."""
-    try:
-        from hvsnap import wire  # noqa: PLC0415 - as above
-
-        with _daemon(ctx) as client:
-            answer = client.get("/served", wire.ServedList)
-        return plain([(one.snapshot, f"{one.guest}/{one.target}") for one in answer.served], incomplete)
-    except Exception:
-        return []
-
-
-def snapshots(ctx: typer.Context, incomplete: str) -> Words:
-    """Return the ids of the newest snapshots, with their names."""
-    return _snapshots(ctx, incomplete, disk="")
-
-
-def under_way(ctx: typer.Context, incomplete: str) -> Words:
-    """Return the ids of the tasks that run, and of the snapshots that are being made."""
-    try:
-        from hvsnap import wire  # noqa: PLC0415 - as above
-
-        with _daemon(ctx) as client:
-            tasks = client.get("/tasks", wire.TaskList).tasks
-            made = client.get("/snapshots", wire.SnapshotList, state="progressing", limit=SNAPSHOTS_MAX).snapshots
-        running = [(one.id, f"{one.kind} {one.subject}") for one in tasks if one.state is wire.TaskState.RUNNING]
-        return plain(running + [(one.id, f"{one.guest}/{one.target}") for one in made], incomplete)
-    except Exception:
-        return []
-
-
 def sources(ctx: typer.Context, incomplete: str) -> Words:
     """Return what a disk can be made of: images and the newest snapshots."""
     return images(ctx, incomplete) + snapshots(ctx, incomplete)
 
 
-def snapshots_of_disk(ctx: typer.Context, incomplete: str) -> Words:
-    """Return the ids of the newest snapshots of the disk that was typed before."""
-    return _snapshots(ctx, incomplete, disk=str(ctx.params.get("disk") or ""))
+def _newest(client: Client, disk: str = "") -> Words:
+    from hvsnap import wire  # noqa: PLC0415 - as above
 
-
-def _snapshots(ctx: typer.Context, incomplete: str, disk: str) -> Words:
-    try:
-        from hvsnap import wire  # noqa: PLC0415 - as above
-
-        with _daemon(ctx) as client:
-            answer = client.get("/snapshots", wire.SnapshotList, disk=disk, limit=SNAPSHOTS_MAX)
-        return plain([(one.id, one.name) for one in answer.snapshots], incomplete)
-    except Exception:
-        return []
+    answer = client.get("/snapshots", wire.SnapshotList, disk=disk, limit=SNAPSHOTS_MAX)
+    return [(one.id, one.name) for one in answer.snapshots]
