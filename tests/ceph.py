@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import httpx
 import obstore
 
 from hvsnap.store.s3 import Place, connect
+from tests.ports import free_port
 
 ACCESS_KEY = "TESTACCESS"
 SECRET_KEY = "TESTSECRET"
@@ -71,12 +71,6 @@ rgw_frontends = beast endpoint=127.0.0.1:{port} tcp_nodelay=1
 rgw_gc_obj_min_wait = 5
 rgw_gc_processor_period = 5
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Ceph:
@@ -183,8 +177,8 @@ class Ceph:
 
     def _osd_active(self) -> bool:
         asok = self.directory / "run" / "osd.0.asok"
-        done = subprocess.run(["ceph", "--admin-daemon", str(asok), "status"], capture_output=True, timeout=10)
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, subprocess.TimeoutExpired):
+            done = subprocess.run(["ceph", "--admin-daemon", str(asok), "status"], capture_output=True, timeout=10)
             return bool(json.loads(done.stdout or b"{}").get("state") == "active")
         return False
 
@@ -208,7 +202,7 @@ class Ceph:
 def make_bucket(ceph: Ceph, bucket: str) -> None:
     """Create a bucket: a PUT of nothing, which obstore can sign but has no call for."""
     url = obstore.sign(connect(ceph.place(bucket)), "PUT", "", timedelta(seconds=60))
-    httpx.put(url).raise_for_status()
+    httpx.put(url, timeout=START_TIMEOUT_S).raise_for_status()
 
 
 if __name__ == "__main__":

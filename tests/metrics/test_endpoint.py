@@ -27,7 +27,7 @@ from tests.catalog_kit import StoppedClock, a_disk, a_snapshot
 from tests.daemon_kit import Daemon
 from tests.guest.domain import DiskSpec, Guest, make_image
 from tests.guest.libvirtd import Libvirtd
-from tests.mqtt.broker import free_port
+from tests.ports import free_port
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 LABELS = {"level", "guest", "target", "disk", "kind", "why", "outcome", "operation", "le", "version", "host"}

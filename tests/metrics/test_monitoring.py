@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from tests.guest.domain import DiskSpec, Guest, make_image
 from tests.guest.libvirtd import Libvirtd
 from tests.metrics.test_endpoint import Scraped
-from tests.mqtt.broker import free_port
+from tests.ports import free_port
 
 DOCS = Path(__file__).parents[2] / "docs" / "monitoring"
 NAME = re.compile(r"\b(?:hvsnap|process)_[a-z_]+")

@@ -8,14 +8,9 @@ import subprocess
 from pathlib import Path
 
 from tests.guest.libvirtd import wait_for
+from tests.ports import free_port
 
 MOSQUITTO = "/usr/sbin/mosquitto"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def accepts(port: int) -> bool:
@@ -54,7 +49,7 @@ class Broker:
     def start(self) -> Broker:
         with self.log.open("ab") as out:
             self._process = subprocess.Popen([MOSQUITTO, "-c", str(self.config)], stdout=out, stderr=out)
-        wait_for(self._up, "the start of mosquitto", 10)
+        wait_for(self._up, "the start of mosquitto")
         return self
 
     def _up(self) -> bool:

@@ -24,11 +24,12 @@ from hvsnap.errors import NoSpace
 from hvsnap.model import Progress
 from hvsnap.mqtt import outbox as outbox_module
 from tests.guest.libvirtd import wait_for
-from tests.mqtt.broker import Broker, free_port
+from tests.mqtt.broker import Broker
 from tests.mqtt.conftest import Publish
 from tests.mqtt.kit import emit
 from tests.mqtt.listener import Listener, listening, until
 from tests.mqtt.proxy import CONNECT, DISCONNECT, PUBACK, PUBLISH, Packet, kind, protocol_level, proxied
+from tests.ports import free_port
 
 
 async def test_all_events_are_delivered_in_order_once_the_broker_is_back(

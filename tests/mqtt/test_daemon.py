@@ -11,9 +11,10 @@ from tests.daemon_kit import Daemon
 from tests.guest.domain import DiskSpec, Guest, make_image
 from tests.guest.image import GuestImage
 from tests.guest.libvirtd import Libvirtd
-from tests.mqtt.broker import Broker, free_port
+from tests.mqtt.broker import Broker
 from tests.mqtt.forms import check, kind_of
 from tests.mqtt.listener import listening
+from tests.ports import free_port
 
 
 def _work(daemon: Daemon, guest: Guest, workdir: Path) -> tuple[str, str]:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.model import Progress
-from tests.mqtt.broker import Broker, free_port
+from tests.mqtt.broker import Broker
 from tests.mqtt.conftest import Publish
 from tests.mqtt.kit import add_disk, emit
 from tests.mqtt.listener import listening, until
+from tests.ports import free_port
 from tests.service_kit import a_catalog
 
 HOSTS = 100
