@@ -182,7 +182,7 @@ async def _furnish(
     maker = DiskMaker(catalog, store, private, occupancy, devices)
     roller = Rollback(hypervisor, catalog, store, private, guard, occupancy)
     held_back = HeldBack(guard, hypervisor, catalog)
-    restores = RestoreRecovery(catalog, maker, roller, uses, guard)
+    restores = RestoreRecovery(catalog, maker, roller, uses, guard, clock)
     exporter = ImageExporter(catalog, store, private)
     exports = ExportRecovery(catalog, exporter, uses)
     attaching = Attaching(catalog, inventory, captures, devices)
@@ -203,7 +203,8 @@ async def _furnish(
     # A disk is served before it is attached.
     recoveries = [captures.recover, restores.recover, instants.recover, attaching.recover, exports.recover]
     recoveries.append(drilled.recover)
-    recovery = Recovery(catalog, recoveries, captures.give_way)
+    retries = [restores.retry if one == restores.recover else one for one in recoveries]
+    recovery = Recovery(catalog, recoveries, captures.give_way, retries)
     attendance.also_wake.append(recovery.wake)
     snapshots = Snapshots(catalog, inventory, captures, uses, clock)
     origins = Origins(catalog, snapshots)

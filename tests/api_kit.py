@@ -214,7 +214,7 @@ async def a_house(directory: Path) -> AsyncIterator[House]:
         devices.hypervisor = hypervisor
         attaching = Attaching(catalog, inventory, captures, devices)
         guests = Guests(inventory, hypervisor, catalog, captures, _inspect)
-        restores = RestoreRecovery(catalog, maker, roller, uses, StartGuard(directory))
+        restores = RestoreRecovery(catalog, maker, roller, uses, StartGuard(directory), clock)
         mqtt = MqttStatus(configured=True, connected=False, pending=2, error="refused")
         objects = LocalObjects(directory / "store")
         store = await open_store(objects, catalog)

@@ -18,7 +18,7 @@ from hvsnap.secret import Passphrase
 START_TIMEOUT_S = 30.0
 """qemu-nbd is up in ~20 ms; opening a qcow2 with large bitmaps from a slow disk takes seconds."""
 
-POLL_S = 0.01
+POLL_S = 0.002
 
 SECTOR_BYTES_MAX = 4096
 """Direct I/O must end at a sector of the device: QEMU would lengthen a raw image that ends within one."""

@@ -17,20 +17,26 @@ import numpy.typing as npt
 from hvsnap.capture.blockset import BlockSet
 from hvsnap.capture.pipeline import Meter
 from hvsnap.capture.plan import Selection, decide, groups
-from hvsnap.capture.reader import DiskMap, read_chunks, scan
+from hvsnap.capture.reader import Chunk, ChunkStream, DiskMap, read_chunks, scan
 from hvsnap.catalog import chain
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import HypervisorFailed, ReadFailed
 from hvsnap.hypervisor.images import ImageInfo
 from hvsnap.hypervisor.nbd_server import serve_image
-from hvsnap.model import PAGE_BLOCKS, Disk, Method, Progress, Snapshot
+from hvsnap.model import PAGE_BLOCKS, ZERO_BLOCK, Disk, Method, Progress, Snapshot
 from hvsnap.ports import NbdExport, UInt64Array
 from hvsnap.restore.plan import add_difference
 from hvsnap.secret import Passphrase
 from hvsnap.store.blocks import PackedBlocks
-from hvsnap.store.codec import digest_blocks
+from hvsnap.store.repository import DIGEST_BYTES
 
 Report = Callable[[Progress], None]
+
+VIEWS_MAX = 256
+"""Pages whose views are remembered: 8 MiB, for 64 GiB of a disk."""
+
+WORKERS = 2
+"""Chunks that are looked at side by side: while the digests of one are computed, another's are fetched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +60,9 @@ class Wanted:
         self._catalog = catalog
         self._store = store
         self._snapshot = snapshot
+        self._views: dict[int, UInt64Array] = {}
         self._last: tuple[int, npt.NDArray[np.uint8]] | None = None
+        self._turn = asyncio.Lock()
 
     @classmethod
     async def of(cls, catalog: Catalog, store: PackedBlocks, snapshot: Snapshot) -> Wanted:
@@ -65,16 +73,24 @@ class Wanted:
         """Return a page's block ids, without entries beyond the snapshot's end, left from when the disk was larger."""
         if page not in self.pages:
             return chain.blank()
+        if page in self._views:
+            return self._views[page].copy()
         view = await self._catalog.view(self._snapshot.id, page)
         blocks = -(-self._snapshot.size_bytes // self._store.block_size) - page * PAGE_BLOCKS
         view[max(0, blocks) :] = 0
+        if len(self._views) < VIEWS_MAX:
+            self._views[page] = view.copy()
         return view
 
-    async def digests(self, page: int) -> npt.NDArray[np.uint8]:
-        """Return a page's digests, ``uint8[PAGE_BLOCKS, 32]``, zeroes for zero blocks; the last page is remembered."""
-        if self._last is None or self._last[0] != page:
-            self._last = (page, await self._store.digests(await self.view(page)))
-        return self._last[1]
+    async def digests(self, page: int, among: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
+        """Return digests of blocks of a page, ``uint8[PAGE_BLOCKS, 32]``: of those ``among`` (``bool[PAGE_BLOCKS]``).
+
+        Zeroes for zero blocks and for others. The last page is remembered, and taken to be asked for in the same way.
+        """
+        async with self._turn:
+            if self._last is None or self._last[0] != page:
+                self._last = (page, await self._store.digests(np.where(among, await self.view(page), ZERO_BLOCK)))
+            return self._last[1]
 
 
 class Differences:
@@ -133,6 +149,8 @@ class Differences:
                 differs = await self._among(export, found, suspects, target, info, report)
             except ReadFailed:
                 differs = suspects  # what cannot be read is not what it should be, and is written
+        if head.id == target.id:
+            return Difference(differs, found.data, Method.BITMAP)
         present = await Wanted.of(self._catalog, self._store, head)
         wanted = await Wanted.of(self._catalog, self._store, target)
         for page in sorted(present.pages | wanted.pages):
@@ -165,7 +183,7 @@ class Differences:
         wanted = await Wanted.of(self._catalog, self._store, snapshot)
         # What holds no data differs where the snapshot has a block; what holds data is read and compared.
         for page in sorted(wanted.pages):
-            if page < differs.pages:
+            if page < differs.pages and (suspects is None or suspects.page(page).any()):
                 view = await wanted.view(page)
                 view[found.data.page(page)] = 0
                 if suspects is not None:
@@ -185,16 +203,33 @@ class Differences:
         differs: BlockSet,
         meter: Meter,
     ) -> None:
-        key, block_size = self._store.repository.keys.block, self._store.block_size
-        work = (group for page in selection.work() for group in groups(page, block_size))
-        async with read_chunks(export, size_bytes, block_size, work) as stream:
+        block_size = self._store.block_size
+
+        async def compare_chunks(stream: ChunkStream) -> None:
             while (chunk := await stream.get()) is not None:
                 try:
-                    present = await asyncio.to_thread(digest_blocks, chunk.data, block_size, key)
+                    wrong = await self._wrong(chunk, selection, wanted)
                 finally:
                     chunk.release()
-                digests = (await wanted.digests(chunk.page))[chunk.index]
-                zero = bytes(digests.shape[1])
-                wrong = [at for at in range(chunk.index.size) if present.get(at, zero) != digests[at].tobytes()]
-                differs.add_index(chunk.page, chunk.index[wrong])
+                differs.add_index(chunk.page, wrong)
                 meter.add(len(chunk.data))
+
+        work = (group for page in selection.work() for group in groups(page, block_size))
+        async with read_chunks(export, size_bytes, block_size, work) as stream:
+            try:
+                async with asyncio.TaskGroup() as workers:
+                    for number in range(WORKERS):
+                        workers.create_task(compare_chunks(stream), name=f"compare {number}")
+            except BaseExceptionGroup as group:
+                raise group.exceptions[0] from group
+
+    async def _wrong(self, chunk: Chunk, selection: Selection, wanted: Wanted) -> npt.NDArray[np.uint16]:
+        """Return which blocks of a chunk are not what the snapshot holds."""
+        there = np.zeros((chunk.index.size, DIGEST_BYTES), np.uint8)
+        for at, digest in (await self._store.digests_of(chunk.data)).items():
+            there[at] = np.frombuffer(digest, np.uint8)
+        among = np.zeros(PAGE_BLOCKS, np.bool_)
+        among[selection.page_work(chunk.page).read] = True
+        digests = await wanted.digests(chunk.page, among)
+        wrong: npt.NDArray[np.uint16] = chunk.index[(there != digests[chunk.index]).any(axis=1)]
+        return wrong

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import aclosing
 
 import numpy as np
@@ -12,21 +12,28 @@ from hvsnap.capture.pipeline import Meter
 from hvsnap.catalog import chain
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.model import PAGE_BLOCKS, Snapshot
+from hvsnap.restore.kept import Kept
 from hvsnap.restore.plan import PageWrites, page_writes, ranges
 from hvsnap.restore.writer import NbdWriter
 from hvsnap.store.blocks import PackedBlocks
 
-WINDOW_PAGES = 4
-"""Pages whose blocks are asked for together: neighbours in the store are then read in one go."""
+WINDOW_BLOCKS = 4 * PAGE_BLOCKS
+"""Blocks that are asked for together, and somewhat more: neighbours in the store are then read in one go."""
+
+REMEMBERED_BLOCKS_MAX = 1 << 20
+"""Blocks whose writes are remembered: 16 MiB of numbers and ids."""
 
 
 class Filler:
-    """Writes blocks of one snapshot."""
+    """Writes blocks of one snapshot. What :meth:`verify` has read is ``kept``, where that has room, and read once."""
 
-    def __init__(self, catalog: Catalog, store: PackedBlocks, snapshot: Snapshot) -> None:
+    def __init__(
+        self, catalog: Catalog, store: PackedBlocks, snapshot: Snapshot, kept: Kept | None = None
+    ) -> None:  # fmt: skip
         self._catalog = catalog
         self._store = store
         self._snapshot = snapshot
+        self._kept = kept
         self._snapshot_blocks = -(-snapshot.size_bytes // store.block_size)
 
     async def stored_writes(self) -> AsyncIterator[PageWrites]:
@@ -63,7 +70,7 @@ class Filler:
                 view = await self._catalog.view(self._snapshot.id, page) if page in held else chain.blank()
                 yield page_writes(page, wanted, view, self._snapshot_blocks)
 
-    async def count(self, writes: AsyncIterator[PageWrites]) -> tuple[int, int]:
+    async def count(self, writes: AsyncIterable[PageWrites]) -> tuple[int, int]:
         """Return how many blocks would be written, and how many zeroed."""
         stored = zero = 0
         async for one in writes:
@@ -71,14 +78,17 @@ class Filler:
             zero += one.zero.size
         return stored, zero
 
-    async def verify(self, writes: AsyncIterator[PageWrites], meter: Meter) -> None:
+    async def verify(self, writes: AsyncIterable[PageWrites], meter: Meter) -> None:
         """Read every block that would be written; raises :class:`Damaged` before any target is touched."""
-        async for one in writes:
-            async with aclosing(self._store.get(one.ids.tolist())) as blocks:  # type: ignore[type-var]
-                async for _position, block in blocks:
+        async for window in _windows(writes):
+            ids = np.unique(np.concatenate([one.ids for one in window])).tolist()
+            async with aclosing(self._store.get(ids)) as blocks:  # type: ignore[type-var]
+                async for position, block in blocks:
+                    if self._kept is not None:
+                        self._kept.keep(ids[position], block)
                     meter.add(len(block))
 
-    async def clear(self, writes: AsyncIterator[PageWrites], writer: NbdWriter, size_bytes: int) -> None:
+    async def clear(self, writes: AsyncIterable[PageWrites], writer: NbdWriter, size_bytes: int) -> None:
         """Write only the zeroes, to a disk of ``size_bytes``."""
         async for one in writes:
             await self._clear(one, writer, size_bytes)
@@ -91,7 +101,7 @@ class Filler:
 
     async def fill(
         self,
-        writes: AsyncIterator[PageWrites],
+        writes: AsyncIterable[PageWrites],
         writer: NbdWriter,
         size_bytes: int,
         meter: Meter,
@@ -99,24 +109,69 @@ class Filler:
         cleared: bool = False,
     ) -> None:
         """Write to a disk of ``size_bytes``, whose last block may be short; ``cleared``: zeroes are there already."""
-        window: list[PageWrites] = []
-        async for one in writes:
+        async for window in _windows(writes):
             if not cleared:
-                await self._clear(one, writer, size_bytes)
-            window.append(one)
-            if len(window) == WINDOW_PAGES:
-                await self._write_window(window, writer, size_bytes, meter)
-                window = []
-        await self._write_window(window, writer, size_bytes, meter)
+                for one in window:
+                    await self._clear(one, writer, size_bytes)
+            await self._write_window(window, writer, size_bytes, meter)
 
     async def _write_window(self, window: list[PageWrites], writer: NbdWriter, size_bytes: int, meter: Meter) -> None:
-        if not window:
-            return
         numbers = np.concatenate([one.blocks for one in window]).tolist()
         ids = np.concatenate([one.ids for one in window]).tolist()
         block_size = self._store.block_size
-        async with aclosing(self._store.get(ids)) as blocks:  # type: ignore[type-var]
-            async for position, block in blocks:
-                offset = numbers[position] * block_size
-                await writer.write(offset, memoryview(block)[: size_bytes - offset])
-                meter.add(len(block))
+
+        async def write(number: int, block: bytes) -> None:
+            offset = number * block_size
+            await writer.write(offset, memoryview(block)[: size_bytes - offset])
+            meter.add(len(block))
+
+        missing = []
+        for position, block_id in enumerate(ids):
+            block = None if self._kept is None else self._kept.get(block_id)
+            if block is None:
+                missing.append(position)
+            else:
+                await write(numbers[position], block)
+        if self._kept is not None:
+            self._kept.forget(ids)
+        async with aclosing(self._store.get([ids[one] for one in missing])) as blocks:  # type: ignore[type-var]
+            async for at, block in blocks:
+                await write(numbers[missing[at]], block)
+
+
+class DifferingWrites:
+    """:meth:`Filler.differing_writes`, to be gone through again and again: the catalog is asked once for a few."""
+
+    def __init__(self, filler: Filler, differs: BlockSet) -> None:
+        self._filler = filler
+        self._differs = differs
+        self._few = differs.count() <= REMEMBERED_BLOCKS_MAX
+        self._remembered: list[PageWrites] | None = None
+
+    async def __aiter__(self) -> AsyncIterator[PageWrites]:
+        """Yield the writes of each page, ascending."""
+        if self._remembered is not None:
+            for one in self._remembered:
+                yield one
+            return
+        found: list[PageWrites] = []
+        async for one in self._filler.differing_writes(self._differs):
+            if self._few:
+                found.append(one)
+            yield one
+        if self._few:
+            self._remembered = found
+
+
+async def _windows(writes: AsyncIterable[PageWrites]) -> AsyncIterator[list[PageWrites]]:
+    """Yield pages that are dealt with together."""
+    window: list[PageWrites] = []
+    blocks = 0
+    async for one in writes:
+        window.append(one)
+        blocks += one.blocks.size + one.zero.size
+        if blocks >= WINDOW_BLOCKS:
+            yield window
+            window, blocks = [], 0
+    if window:
+        yield window

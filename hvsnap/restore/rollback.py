@@ -19,7 +19,6 @@ from enum import StrEnum
 
 import numpy as np
 
-from hvsnap.capture.blockset import BlockSet
 from hvsnap.capture.pipeline import Meter
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import Busy, GuestRunning, HypervisorFailed, NotFound, Refused
@@ -33,7 +32,8 @@ from hvsnap.model import PAGE_BLOCKS, Disk, DiskId, GuestView, Method, Operation
 from hvsnap.ports import Hypervisor
 from hvsnap.restore import target
 from hvsnap.restore.differences import Difference, Differences
-from hvsnap.restore.fill import Filler
+from hvsnap.restore.fill import DifferingWrites, Filler
+from hvsnap.restore.kept import Kept, Room
 from hvsnap.restore.occupancy import Occupancy
 from hvsnap.restore.writer import NbdWriter, open_writer
 from hvsnap.secret import Passphrase
@@ -90,16 +90,19 @@ class Rollback:
         self._guard = guard
         self._occupancy = occupancy
         self._differences = Differences(catalog, store, run_dir)
+        self._room = Room()
 
     async def plan(
         self, disk_id: DiskId, snapshot_id: SnapshotId, report: Report, *, origin: bool = False
     ) -> RollbackPlan:
         """Return what would be written; nothing is touched. Raises as :meth:`run` does."""
-        disk, snapshot, info, key = await self._check(disk_id, snapshot_id, origin=origin)
+        disk, snapshot, guest = await self._check(disk_id, snapshot_id, origin=origin)
         await self._occupancy.check_no_base(disk.source)
         async with images_locked([disk.source]):
+            info, key = await self._look(disk, guest)
             differs = await self._differences.find(disk, snapshot, info, key, report)
-        return await self._counted(snapshot, info, differs)
+        writes = DifferingWrites(Filler(self._catalog, self._store, snapshot), differs.blocks)
+        return await self._counted(snapshot, info, differs, writes)
 
     async def run(
         self,
@@ -116,23 +119,31 @@ class Rollback:
         that others build on), :class:`Busy`, :class:`NoSpace`, :class:`Damaged` before anything is written. From the
         first write on a failure leaves the journal's entry open, and :meth:`resume` goes on.
         """
-        disk, snapshot, _info, key = await self._check(disk_id, snapshot_id, origin=origin)
+        disk, snapshot, guest = await self._check(disk_id, snapshot_id, origin=origin)
         await self._occupancy.check_no_base(disk.source)
+        kept = Kept(self._room)
+        filler = Filler(self._catalog, self._store, snapshot, kept)
         try:
             async with images_locked([disk.source]):
-                info = await images.image_info(disk.source, disk.format)  # from here on nobody resizes it
+                info, key = await self._look(disk, guest)
                 differs = await self._differences.find(disk, snapshot, info, key, report)
-                plan = await self._counted(snapshot, info, differs)
-                await self._verify(disk, snapshot, info, differs)
+                writes = DifferingWrites(filler, differs.blocks)
+                plan = await self._counted(snapshot, info, differs, writes)
+                await self._check_room(disk, info, differs, writes)
+                # All of it is read before any of it is written: half of it would leave a broken disk.
+                await filler.verify(writes, Meter(snapshot.id, 1, lambda _progress: None))
                 begins()
                 # Before the lock is let go: a guest that ran for a moment would leave what it wrote.
                 await self._guard.bar(Bar.of(disk, ROLLBACK, snapshot=snapshot.id))
             async with self._open(disk, info, key) as writer:
                 operation = await self._begin(disk, snapshot)
-                await self._write(operation, writer, disk, snapshot, info, differs.blocks, report)
+                meter = Meter(snapshot.id, plan.write_bytes, report)
+                await self._write(operation, writer, disk, info, filler, writes, meter)
         except BaseException:
             await asyncio.shield(self._lift_unless_open(disk))
             raise
+        finally:
+            kept.close()
         await self._finish(operation, disk, snapshot, info, await self._start_bitmap(operation, disk, info, key))
         return plan
 
@@ -158,28 +169,32 @@ class Rollback:
             bitmap = _bitmap_name(operation) if info.holds_bitmaps else None
             await self._finish(operation, disk, snapshot, info, bitmap)
             return
-        disk, snapshot, _info, key = await self._check(disk_id, snapshot_id, origin=bool(operation.facts.get("origin")))
+        disk, snapshot, guest = await self._check(disk_id, snapshot_id, origin=bool(operation.facts.get("origin")))
         await self._guard.bar(Bar.of(disk, ROLLBACK, snapshot=snapshot.id))
         async with images_locked([disk.source]):
-            info = await images.image_info(disk.source, disk.format)
+            info, key = await self._look(disk, guest)
             blocks = await self._differences.compare(disk, snapshot, info, key, report)
+        filler = Filler(self._catalog, self._store, snapshot)
+        writes = DifferingWrites(filler, blocks)
+        stored, _zero = await filler.count(writes)
         async with self._open(disk, info, key) as writer:
-            await self._write(operation, writer, disk, snapshot, info, blocks, report)
+            meter = Meter(snapshot.id, stored * self._store.block_size, report)
+            await self._write(operation, writer, disk, info, filler, writes, meter)
         await self._finish(operation, disk, snapshot, info, await self._start_bitmap(operation, disk, info, key))
 
     # -- before -----------------------------------------------------------------------------------
 
-    async def _counted(self, snapshot: Snapshot, info: ImageInfo, differs: Difference) -> RollbackPlan:
-        filler = Filler(self._catalog, self._store, snapshot)
-        stored, zero = await filler.count(filler.differing_writes(differs.blocks))
+    async def _counted(
+        self, snapshot: Snapshot, info: ImageInfo, differs: Difference, writes: DifferingWrites
+    ) -> RollbackPlan:
+        stored, zero = await Filler(self._catalog, self._store, snapshot).count(writes)
         size, resized = self._store.block_size, info.size_bytes != snapshot.size_bytes
         return RollbackPlan(snapshot.id, stored * size, zero * size, differs.method, differs.reason, resized)
 
-    async def _verify(self, disk: Disk, snapshot: Snapshot, info: ImageInfo, differs: Difference) -> None:
-        """See that there is room for what will be written, and read all of it: half of it would leave a broken disk."""
-        filler = Filler(self._catalog, self._store, snapshot)
+    async def _check_room(self, disk: Disk, info: ImageInfo, differs: Difference, writes: DifferingWrites) -> None:
+        """See that there is room for what will be written."""
         new = 0
-        async for one in filler.differing_writes(differs.blocks):
+        async for one in writes:
             if one.blocks.size:
                 page = int(one.blocks[0]) // PAGE_BLOCKS
                 new += int(np.count_nonzero(~differs.data.page(page)[one.blocks - page * PAGE_BLOCKS]))
@@ -187,7 +202,6 @@ class Rollback:
         if not info.data_file and not await asyncio.to_thread(target.is_device, disk.source):
             held_bytes = differs.data.count() * self._store.block_size
             await asyncio.to_thread(target.check_growth, disk.source, held_bytes, new * self._store.block_size)
-        await filler.verify(filler.differing_writes(differs.blocks), Meter(snapshot.id, 1, lambda _progress: None))
 
     async def _begin(self, disk: Disk, snapshot: Snapshot) -> Operation:
         """Open the journal's entry; the guest is barred already."""
@@ -204,7 +218,7 @@ class Rollback:
 
     async def _check(
         self, disk_id: DiskId, snapshot_id: SnapshotId, *, origin: bool
-    ) -> tuple[Disk, Snapshot, ImageInfo, Passphrase | None]:
+    ) -> tuple[Disk, Snapshot, GuestView | None]:
         disk = await self._catalog.disk(disk_id)
         snapshot = await self._catalog.snapshot(snapshot_id)
         if snapshot.disk != disk.id and not origin:
@@ -218,8 +232,12 @@ class Rollback:
             raise GuestRunning(f"guest {guest.name} is {guest.state}")
         if guest is not None:
             check_not_saved(guest)
+        return disk, snapshot, guest
+
+    async def _look(self, disk: Disk, guest: GuestView | None) -> tuple[ImageInfo, Passphrase | None]:
+        """Return what the image is, and what opens it: once it is locked, so that nobody resizes it any more."""
         info = await images.image_info(disk.source, disk.format)
-        return disk, snapshot, info, await self._key(disk, info, guest)
+        return info, await self._key(disk, info, guest)
 
     async def _guest(self, disk: Disk) -> GuestView | None:
         try:
@@ -292,18 +310,15 @@ class Rollback:
         operation: Operation,
         writer: NbdWriter,
         disk: Disk,
-        snapshot: Snapshot,
         info: ImageInfo,
-        differs: BlockSet,
-        report: Report,
+        filler: Filler,
+        writes: DifferingWrites,
+        meter: Meter,
     ) -> None:
         """Write what differs, durably, and then write down that it is done."""
-        filler = Filler(self._catalog, self._store, snapshot)
-        stored, _zero = await filler.count(filler.differing_writes(differs))
-        meter = Meter(snapshot.id, stored * self._store.block_size, report)
         # What becomes zero first: it makes room for the rest.
-        await filler.clear(filler.differing_writes(differs), writer, info.size_bytes)
-        await filler.fill(filler.differing_writes(differs), writer, info.size_bytes, meter, cleared=True)
+        await filler.clear(writes, writer, info.size_bytes)
+        await filler.fill(writes, writer, info.size_bytes, meter, cleared=True)
         await writer.finish()
         if await asyncio.to_thread(target.is_device, disk.source):
             await self._check_not_started(disk)
@@ -328,7 +343,7 @@ class Rollback:
             return None
         name = _bitmap_name(operation)
         try:
-            present = {bitmap.name for bitmap in (await images.image_info(disk.source, disk.format)).bitmaps}
+            present = {bitmap.name for bitmap in info.bitmaps}
             for stale in {name, disk.bitmap} & present:
                 await images.bitmap_remove(disk.source, str(stale), key=key)
             await images.bitmap_add(disk.source, name, self._store.block_size, key=key)

@@ -88,6 +88,18 @@ def check_space(path: str, needed_bytes: int) -> None:
         )
 
 
+def free_bytes(path: str) -> int:
+    """Return the room on the file system of an image, whether that is there or not; 0 where nobody can tell. Blocking.
+
+    Of an image on a block device it is that of /dev, which says nothing.
+    """
+    try:
+        room = os.statvfs(os.path.dirname(os.path.realpath(path)))
+    except OSError:
+        return 0
+    return room.f_bavail * room.f_frsize
+
+
 def check_growth(path: str, held_bytes: int, new_bytes: int) -> None:
     """Refuse to write ``new_bytes`` into holes of an image where that plainly does not fit. Blocking.
 

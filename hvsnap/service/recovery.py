@@ -14,10 +14,12 @@ from hvsnap import wire
 from hvsnap.capture import freeze
 from hvsnap.capture.facts import KIND, CaptureFacts
 from hvsnap.catalog.catalog import Catalog
-from hvsnap.errors import HvsnapError, NotFound
+from hvsnap.errors import HvsnapError, NoSpace, NotFound
 from hvsnap.guard import ROLLBACK, StartGuard
 from hvsnap.model import DiskId, Operation, OperationId, Progress, SnapshotId, State
-from hvsnap.restore import disk, drill, export, instant, rollback
+from hvsnap.ports import Clock
+from hvsnap.restore import disk, drill, export, instant, rollback, target
+from hvsnap.service.patience import Patience
 from hvsnap.service.uses import Uses
 
 log = logging.getLogger(__name__)
@@ -49,9 +51,13 @@ class Resume(Protocol):
 class RestoreRecovery:
     """Removes new disks that a crash left half-made, and goes on with rollbacks that it interrupted."""
 
-    def __init__(self, catalog: Catalog, maker: Undo, roller: Resume, uses: Uses, guard: StartGuard) -> None:
+    def __init__(
+        self, catalog: Catalog, maker: Undo, roller: Resume, uses: Uses, guard: StartGuard, clock: Clock
+    ) -> None:  # fmt: skip
         self._catalog = catalog
         self._guard = guard
+        self._clock = clock
+        self._patience = Patience()
         self._maker = maker
         self._roller = roller
         self._uses = uses
@@ -59,6 +65,13 @@ class RestoreRecovery:
 
     async def recover(self, only: Only = None) -> list[tuple[Operation, HvsnapError | None]]:
         """Settle what is open and nobody works on; what cannot be settled yet stays in the journal."""
+        return await self._recover(only, patient=False)
+
+    async def retry(self, only: Only = None) -> list[tuple[Operation, HvsnapError | None]]:
+        """Do the same, but leave a rollback that a full device has stopped alone for its pause."""
+        return await self._recover(only, patient=True)
+
+    async def _recover(self, only: Only, *, patient: bool) -> list[tuple[Operation, HvsnapError | None]]:
         async with self._turn:
             # First who is at work, then the journal: work that ends in between must not be taken for a crash's.
             held = self._uses.held()
@@ -66,6 +79,8 @@ class RestoreRecovery:
             for kind in (disk.KIND, rollback.KIND):
                 for operation in await self._catalog.operations(kind):
                     if only is not None and operation.id not in only:
+                        continue
+                    if patient and not await self._is_due(operation):
                         continue
                     if _place(operation) not in held | self._uses.held():
                         outcome += await self._settle(operation)
@@ -96,9 +111,24 @@ class RestoreRecovery:
                     await self._roller.resume(operation, lambda _progress: None)
         except HvsnapError as error:
             log.warning("%s %s cannot be settled yet: %s", operation.kind, operation.id, error.message)
+            if isinstance(error, NoSpace) and operation.kind == rollback.KIND:
+                self._patience.note(operation.id, self._clock.monotonic(), await self._free_bytes(operation))
+            else:
+                self._patience.forget(operation.id)
             return [(operation, error)]
+        self._patience.forget(operation.id)
         log.info("%s %s was settled", operation.kind, operation.id)
         return [(operation, None)]
+
+    async def _is_due(self, operation: Operation) -> bool:
+        if operation.kind != rollback.KIND:
+            return True
+        return self._patience.is_due(operation.id, self._clock.monotonic(), await self._free_bytes(operation))
+
+    async def _free_bytes(self, operation: Operation) -> int:
+        """Return the room that there is for the image of a rollback."""
+        source = (await self._catalog.disk(DiskId(_place(operation)))).source
+        return await asyncio.to_thread(target.free_bytes, source)
 
     @contextlib.contextmanager
     def _holding(self, operation: Operation) -> Iterator[None]:
@@ -145,16 +175,21 @@ async def operations_on(catalog: Catalog, disks: Sequence[DiskId]) -> list[Opera
 
 
 class Recovery:
-    """All recoveries, one after the other; ``give_way`` ends the captures of disks whose guest is to be started."""
+    """All recoveries, one after the other; ``give_way`` ends the captures of disks whose guest is to be started.
+
+    ``retries`` are what is done when only time has passed; None: the same.
+    """
 
     def __init__(
         self,
         catalog: Catalog,
         recoveries: Sequence[Recover],
         give_way: Callable[[Sequence[DiskId]], Awaitable[None]] | None = None,
+        retries: Sequence[Recover] | None = None,
     ) -> None:
         self._catalog = catalog
         self._recoveries = recoveries
+        self._retries = recoveries if retries is None else retries
         self._give_way = give_way
         self._woken = asyncio.Event()
 
@@ -168,11 +203,12 @@ class Recovery:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(RETRY_S):
                     await self._woken.wait()
+            recoveries = self._recoveries if self._woken.is_set() else self._retries
             self._woken.clear()
             try:
                 if await self._catalog.operations():
                     # Side by side: a long merge keeps no rollback waiting.
-                    await asyncio.gather(*(recover(None) for recover in self._recoveries))
+                    await asyncio.gather(*(recover(None) for recover in recoveries))
             except HvsnapError as error:
                 log.warning("recovery: %s; it is tried again", error.message)
 

@@ -148,3 +148,32 @@ def test_a_rollback_whose_disk_is_gone_for_good_is_given_up_and_writes_to_nobody
     assert sha256(disk.spec.path) == theirs
     assert not list((rig.daemon.directory / "state" / "guard").iterdir())
     assert "its image is gone" in rig.daemon.log.read_text()
+
+
+def test_a_rollback_that_a_full_device_has_stopped_goes_on_when_there_is_room(
+    make_rig: Callable[..., Rig], workdir: Path, small: Path
+) -> None:
+    """Somebody else takes the room while what will be written is verified; nobody has to ask for another try."""
+    rig = make_rig([DiskSpec(make_image(workdir / "a.raw", SIZE, "raw"), "raw")])
+    (disk,) = rig.disks
+    rig.do(disk, write(0, 6 * MIB, 1))
+    (wanted,) = rig.capture([disk])
+    rig.guest.destroy()
+    disk.spec.path.unlink()
+    disk.spec.path.symlink_to(make_image(small / "a.raw", SIZE, "raw"))
+    with rig.daemon.gate("verify") as gate:
+        task = begin(rig, disk, wanted.id)
+        gate.reached(wanted.id)
+        (small / "ballast").write_bytes(bytes(8 * MIB))
+    ended = rig.daemon.task(task)
+    assert ended.error is not None
+    assert ended.error.code == "no-space"
+    markers = rig.daemon.directory / "state" / "guard"
+    assert list(markers.glob("*.rollback"))
+    with rig.daemon.client() as client:
+        (left,) = client.post("/recover", wire.Recovery).operations
+    assert (left.outcome, rig.daemon.status().open_operations) == ("still-open", 1)
+    (small / "ballast").unlink()
+    wait_for(lambda: rig.daemon.status().open_operations == 0, "the end of the rollback", 90.0)
+    assert not list(markers.glob("*.rollback"))
+    check_same(rig.present(disk), disk.states[wanted.id], "the disk rolled back")
