@@ -117,6 +117,18 @@ def zone_of(name: str) -> ZoneInfo:
         raise BadRequest(f"there is no time zone {name[:64]!a}", hint=hint) from error
 
 
+def zone_or_hosts(name: str) -> ZoneInfo:
+    """Return a time zone by its name, or the host's where that is not known here (any more).
+
+    It was once: by another host, or before an update of the time zone database. A policy that does not run at all would
+    be worse than one that runs some hours earlier or later.
+    """
+    try:
+        return zone_of(name)
+    except BadRequest:
+        return host_zone()
+
+
 def host_zone() -> ZoneInfo:
     """Return the host's time zone: what /etc/localtime holds, UTC where there is none."""
     try:
@@ -167,7 +179,7 @@ def due_times(policy: Policy, after: float, until: float) -> list[float]:
     """Return the instants in ``(after, until]`` at which a policy is due, ascending, each once."""
     if until <= after:
         return []
-    zone = zone_of(policy.timezone)
+    zone = zone_or_hosts(policy.timezone)
     day = datetime.fromtimestamp(after, zone).date() - timedelta(days=1)
     last = datetime.fromtimestamp(until, zone).date() + timedelta(days=1)
     found: set[float] = set()
@@ -210,7 +222,7 @@ def decide_due(policy: Policy, last_checked: float, now: float, late_max_s: floa
 
 def automatic_name(policy: Policy, moment: float, names: Iterable[str]) -> str:
     """Return ``auto_YYYYMMDD_X``: the day in the policy's zone, the X-th of the disk (whose ``names`` these are)."""
-    day = datetime.fromtimestamp(moment, zone_of(policy.timezone)).strftime("%Y%m%d")
+    day = datetime.fromtimestamp(moment, zone_or_hosts(policy.timezone)).strftime("%Y%m%d")
     numbers = [int(match[2]) for match in map(AUTOMATIC_NAME.fullmatch, names) if match and match[1] == day]
     return f"auto_{day}_{max(numbers, default=0) + 1}"
 
@@ -265,7 +277,7 @@ def is_kept(snapshot: Snapshot, now: float) -> bool:
 def _kept(one: Snapshot, automatic: Sequence[Snapshot]) -> bool:
     """Whether a snapshot's own rule keeps it, among all automatic ones of its disk (ascending)."""
     rule = json.loads(one.retention)
-    zone = zone_of(rule.get("timezone", ""))
+    zone = zone_or_hosts(rule.get("timezone", ""))
     later = [other for other in automatic if other.sequence > one.sequence]
     if len(later) < rule.get("last", 0):
         return True

@@ -68,7 +68,8 @@ def newest_due(
 ) -> Snapshot | None:
     """Return the snapshot whose drill is due: the newest of the disk whose last drill is the longest ago. Pure.
 
-    A drill that could not be carried out is tried again the next day.
+    A drill that could not be carried out is tried again the next day. One that is yet to come was noted by a clock that
+    was wrong.
     """
     newest = {row.disk: row for row in snapshots if row.state is State.ACCOMPLISHED}  # they come oldest first
     waiting: list[tuple[float, Snapshot]] = []
@@ -78,7 +79,7 @@ def newest_due(
             continue
         again_s = every_s if last is None or last.outcome is not Outcome.FAILED else min(every_s, DAY_S)
         at = 0.0 if last is None else last.began_at
-        if last is None or now - at >= again_s:
+        if last is None or not 0 <= now - at < again_s:
             waiting.append((at, row))
     return min(waiting, key=lambda one: (one[0], one[1].created_at), default=(0.0, None))[1]
 

@@ -11,16 +11,17 @@ import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from hvsnap import policy as rules
 from hvsnap.catalog.catalog import Catalog
 from hvsnap.errors import HvsnapError, NotFound, SnapshotPromoted
 from hvsnap.happenings import EventType, disk_payload
-from hvsnap.model import Disk, DiskId, SnapshotId, State
+from hvsnap.model import Disk, DiskId, Snapshot, SnapshotId, State
 from hvsnap.policy import Policy
 from hvsnap.ports import Clock
 from hvsnap.service.requests import Automatic, CapturesPort, SnapshotRequest
-from hvsnap.service.snapshots import Snapshots
+from hvsnap.service.snapshots import Rule, Snapshots
 from hvsnap.service.views import when
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ ABSENT_S = 2 * rules.DAY_S
 HOLD_S = rules.DAY_S
 """How long nothing expires after a clock was changed, or the daemon was away for long: time to notice (SERVICE 5.7)."""
 
+HELD = "expiry-held"
+
 
 @dataclass(frozen=True, slots=True)
 class ScheduleSettings:
@@ -47,12 +50,26 @@ class ScheduleSettings:
 
 
 class ClockGuard:
-    """Tells whether the clock can be believed enough to let things go by it."""
+    """Tells whether the clock can be believed enough to let things go by it.
 
-    def __init__(self, now: float, monotonic: float, last_checked: float | None) -> None:
+    ``last_checked`` is what the clock said when the last daemon looked; None: nobody knows, which is no reason to doubt
+    it unless ``doubted``. ``held_until`` is what that daemon noted of a hold, by the same clock.
+    """
+
+    def __init__(
+        self,
+        now: float,
+        monotonic: float,
+        last_checked: float | None,
+        *,
+        doubted: bool = False,
+        held_until: float = 0.0,
+    ) -> None:
         self._offset = now - monotonic
-        absent = last_checked is not None and abs(now - last_checked) > ABSENT_S
-        self._held_until = monotonic + HOLD_S if absent else monotonic
+        if last_checked is not None:
+            doubted = doubted or abs(now - last_checked) > ABSENT_S
+        # A restart ends no hold: the clock that was changed is the one that was looked at last.
+        self._held_until = monotonic + (HOLD_S if doubted else min(HOLD_S, max(0.0, held_until - now)))
 
     def trusted(self, now: float, monotonic: float) -> bool:
         """Whether the clock has run like a clock for long enough."""
@@ -60,6 +77,10 @@ class ClockGuard:
             self._held_until = monotonic + HOLD_S
         self._offset = now - monotonic
         return monotonic >= self._held_until
+
+    def held_until(self, now: float, monotonic: float) -> float:
+        """Return until when nothing goes by the clock, by that very clock; what the next daemon is to know."""
+        return now + max(0.0, self._held_until - monotonic)
 
 
 class Scheduler:
@@ -79,6 +100,7 @@ class Scheduler:
         self._clock = clock
         self._settings = settings
         self._guard: ClockGuard | None = None
+        self._trusted = False
         self._expired_at: float | None = None
         self._waiting: OrderedDict[DiskId, Policy] = OrderedDict()
         self._woken = asyncio.Event()
@@ -102,14 +124,22 @@ class Scheduler:
         now = self._clock.now()
         last = await self._catalog.schedule_checked()
         if self._guard is None:
-            self._guard = ClockGuard(now, self._clock.monotonic(), last)
-        trusted = self._guard.trusted(now, self._clock.monotonic())
+            self._guard = await self._new_guard(now, last)
+        self._trusted = self._guard.trusted(now, self._clock.monotonic())
+        if not self._trusted:
+            await self._catalog.upkeep.set_note(HELD, self._guard.held_until(now, self._clock.monotonic()))
         await self._queue_due(now if last is None else last, now)
-        if trusted and (self._expired_at is None or self._clock.monotonic() - self._expired_at >= EXPIRE_S):
+        if self._trusted and (self._expired_at is None or self._clock.monotonic() - self._expired_at >= EXPIRE_S):
             self._expired_at = self._clock.monotonic()
             await self._expire(now)
             for also in self.also_expire:
                 await also(now)
+
+    async def _new_guard(self, now: float, last: float | None) -> ClockGuard:
+        # Snapshots that no schedule has ever looked at are those of a catalog that was made anew, on whatever host.
+        doubted = last is None and bool(await self._catalog.snapshots())
+        held_until = await self._catalog.upkeep.note(HELD)
+        return ClockGuard(now, self._clock.monotonic(), last, doubted=doubted, held_until=held_until)
 
     async def drain(self) -> None:
         """Work what is queued, and return when nothing is."""
@@ -200,10 +230,15 @@ class Scheduler:
         """Delete the oldest automatic snapshots while the chain is at its limit (SERVICE 3.2)."""
         rows = [row for row in await self._catalog.snapshots(disk.id) if row.state is not State.FAILED]
         surplus = len(rows) - self._settings.snapshots_per_disk + 1
-        for row in rules.evictable(rows, self._clock.now()):
+        # By a clock that cannot be believed no lock has ended.
+        now = self._clock.now() if self._trusted else 0.0
+        evictable = rules.evictable(rows, now)
+        if surplus > len(evictable):
+            return  # the limit was lowered: what could go would go for nothing
+        for row in evictable:
             if surplus <= 0:
                 return
-            if await self._let_go(row.id, EventType.SNAPSHOT_EVICTED):
+            if await self._let_go(row.id, EventType.SNAPSHOT_EVICTED, lambda rows: _evictable(rows, now)):
                 surplus -= 1
 
     async def _tell_failure(self, disk: Disk, policy: Policy, error: str) -> None:
@@ -215,28 +250,31 @@ class Scheduler:
 
     async def _expire(self, now: float) -> None:
         for disk in await self._catalog.disks(include_released=True):
-            rows = await self._catalog.snapshots(disk.id)
             if disk.released and disk.delete_auto_with_disk:
                 # What its release could not delete: in use, locked, or the daemon ended before (SERVICE 5.6).
-                await self._let_all_go([row.id for row in rules.evictable(rows, now)], EventType.SNAPSHOT_DELETED)
+                await self._let_all_go(disk, EventType.SNAPSHOT_DELETED, lambda rows: _evictable(rows, now))
                 continue
-            active = disk.policy is not None and not disk.released
-            await self._let_all_go(rules.expired(rows, now, active=active), EventType.SNAPSHOT_EXPIRED)
+            rule = partial(rules.expired, now=now, active=disk.policy is not None and not disk.released)
+            await self._let_all_go(disk, EventType.SNAPSHOT_EXPIRED, rule)
 
-    async def _let_all_go(self, ids: Sequence[SnapshotId], told_as: EventType) -> None:
-        for snapshot in ids:
-            await self._let_go(snapshot, told_as)
+    async def _let_all_go(self, disk: Disk, told_as: EventType, rule: Rule) -> None:
+        for snapshot in rule(await self._catalog.snapshots(disk.id)):
+            await self._let_go(snapshot, told_as, rule)
 
-    async def _let_go(self, snapshot: SnapshotId, told_as: EventType) -> bool:
-        """Delete an automatic snapshot; one that is in use stays, and is tried again later."""
+    async def _let_go(self, snapshot: SnapshotId, told_as: EventType, rule: Rule) -> bool:
+        """Delete an automatic snapshot; one that is in use, or that its rule keeps by now, is looked at again later."""
         try:
-            await self._snapshots.delete([snapshot], dry_run=False, told_as=told_as)
+            await self._snapshots.delete([snapshot], dry_run=False, told_as=told_as, rule=rule)
         except SnapshotPromoted:
             return False  # as long as its image is there, which nobody needs to be told every few minutes
         except HvsnapError as error:
             log.info("%s stays for now: %s", snapshot, error.message)
             return False
         return True
+
+
+def _evictable(rows: Sequence[Snapshot], now: float) -> list[SnapshotId]:
+    return [row.id for row in rules.evictable(rows, now)]
 
 
 def _zulu(moment: float) -> str:

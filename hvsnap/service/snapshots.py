@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from hvsnap import wire
@@ -24,6 +24,9 @@ from hvsnap.service.uses import Uses
 
 LIST_MAX = 10_000
 ID_LENGTH_MAX = 64
+
+Rule = Callable[[Sequence[Snapshot]], Sequence[SnapshotId]]
+"""Which of a disk's snapshots come to their end, in that order."""
 
 
 def check_unused(ids: Sequence[SnapshotId], progressing: Sequence[Snapshot], journal: Sequence[Operation]) -> None:
@@ -112,12 +115,18 @@ class Snapshots:
         return await self.info(row.id)
 
     async def delete(
-        self, ids: Sequence[str], *, dry_run: bool, told_as: EventType = EventType.SNAPSHOT_DELETED
+        self,
+        ids: Sequence[str],
+        *,
+        dry_run: bool,
+        told_as: EventType = EventType.SNAPSHOT_DELETED,
+        rule: Rule | None = None,
     ) -> wire.Deletion:
         """Delete snapshots, all of them or none, or tell what that would free (SERVICE 4).
 
-        ``told_as`` is the event that each becomes. Raises :class:`SnapshotUnknown`, :class:`SnapshotInUse`,
-        :class:`SnapshotLocked`, :class:`SnapshotPromoted`.
+        ``told_as`` is the event that each becomes. Where a ``rule`` asks for it, it is asked once more at the last
+        moment, and :class:`Refused` raised if it would keep one now. Raises :class:`SnapshotUnknown`,
+        :class:`SnapshotInUse`, :class:`SnapshotLocked`, :class:`SnapshotPromoted`.
         """
         rows = [await self.row(name) for name in dict.fromkeys(ids)]
         for row in rows:
@@ -128,7 +137,7 @@ class Snapshots:
             plan = await plan_deletion(self._catalog, wanted)
             made = await disks_made_of(self._catalog, wanted)
             if not dry_run:
-                await self._delete(rows, told_as)
+                await self._delete(rows, told_as, rule)
         freed = [wire.Freed(id=name, freed_bytes=plan.alone[name], disks=made.get(name, [])) for name in wanted]
         return wire.Deletion(dry_run=dry_run, snapshots=freed, freed_bytes=plan.together)
 
@@ -197,7 +206,7 @@ class Snapshots:
         if row.locked_until is not None and row.locked_until > self._clock.now():
             raise SnapshotLocked(f"snapshot {row.id} is locked until {_shown(row.locked_until)}")
 
-    async def _delete(self, rows: Sequence[Snapshot], told_as: EventType) -> None:
+    async def _delete(self, rows: Sequence[Snapshot], told_as: EventType, rule: Rule | None) -> None:
         wanted = [row.id for row in rows]
         disks = {row.disk: await self._catalog.disk(row.disk) for row in rows}
         async with self._catalog.write() as tx:
@@ -205,6 +214,9 @@ class Snapshots:
             await self._check_unused(wanted)
             for row in rows:
                 self._check_unlocked(await self._catalog.snapshot(row.id))
+                if rule is not None and row.id not in rule(await self._catalog.snapshots(row.disk)):
+                    # Telling what it frees takes a while: an alarm holds it since, or it is the last one now.
+                    raise Refused(f"snapshot {row.id} is kept by now", hint="it is looked at again")
                 await tx.delete_snapshot(row.id)
                 await tx.emit(told_as, snapshot_payload(disks[row.disk], row))
 

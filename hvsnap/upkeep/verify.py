@@ -112,12 +112,14 @@ class Verifier:
     async def due(self, before: float, bytes_per_s: int) -> Verified:
         """Read packs and manifests that were not verified since ``before``, at a rate.
 
-        What was read whole is remembered pack by pack, so that an interrupted run goes on where it was.
+        A time that is yet to come was told by a clock that was wrong, and counts for nothing. What was read whole is
+        remembered pack by pack, so that an interrupted run goes on where it was.
         """
         result = Verified()
-        packs = [pack for pack in await self._catalog.upkeep.packs() if (pack.verified_at or 0.0) < before]
+        now = self._clock.now()
+        packs = [pack for pack in await self._catalog.upkeep.packs() if not before <= (pack.verified_at or 0.0) <= now]
         await self._packs(packs, Pace(bytes_per_s), result, lambda _done, _total: None)
-        if await self._catalog.upkeep.note(MANIFESTS_VERIFIED) < before:
+        if not before <= await self._catalog.upkeep.note(MANIFESTS_VERIFIED) <= now:
             await self._manifests(result)
         return await self._told(result)
 

@@ -342,3 +342,13 @@ async def test_an_interrupted_run_goes_on_with_what_was_not_read(
     assert (found.packs, len(found.manifests)) == (2, 1)
     again = await verifier(house).due(5000.0, 0)
     assert (again.packs, len(again.manifests)) == (0, 0)
+
+
+async def test_what_a_wrong_clock_verified_is_read_again(house: House, disks: Disks) -> None:
+    now = house.clock.now()
+    verifier = Verifier(house.catalog, house.store, house.sweeper, house.clock)
+    assert (await verifier.due(now - 10.0, 0)).packs > 0
+    assert (await verifier.due(now - 10.0, 0)).packs == 0
+    for pack in await house.catalog.upkeep.packs():
+        await house.catalog.upkeep.verified(pack.number, now + 1e9)
+    assert (await verifier.due(now - 10.0, 0)).packs == len(await house.catalog.upkeep.packs())
